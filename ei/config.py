@@ -1,0 +1,264 @@
+"""The settings of a run: three small dataclasses, read from YAML or flags, saved with every run.
+
+Field names are unique over all sections, so that each is one flag: ``--backbone tiny --epochs 5``.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from tyro.constructors import PrimitiveConstructorSpec
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def _comma_separated(of: type) -> PrimitiveConstructorSpec:
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="A,B,...",
+        instance_from_str=lambda words: tuple(of(word.strip()) for word in words[0].split(",") if word.strip()),
+        is_instance=lambda value: isinstance(value, tuple) and all(isinstance(item, of) for item in value),
+        str_from_instance=lambda value: [",".join(str(item) for item in value)],
+    )
+
+
+Names = Annotated[tuple[str, ...], _comma_separated(str)]
+Integers = Annotated[tuple[int, ...], _comma_separated(int)]
+Floats = Annotated[tuple[float, ...], _comma_separated(float)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which table, which columns, and how files become tensors."""
+
+    manifest: str = ""
+    """The CSV that lists the samples (README: "The manifest")."""
+    modalities: Names = ()
+    """Columns with image paths, in the order in which results name them."""
+    labels: Names = ("label",)
+    """One column of class names, or several 0/1 columns (then a sample may have several labels)."""
+    classes: Names = ()
+    """Order of the classes of a single label column; empty: sorted by name."""
+    images: Literal["mean", "one"] = "mean"
+    """Of several images per modality: the mean of their features, or one (random in training, else the first)."""
+    slices: int = 4
+    """Slices taken from a volume: one from each of so many equal parts, random in training, else the middle."""
+    image_size: int = 224
+    """Side of the square that images are resized to, in pixels."""
+    mean: Floats = CLIP_MEAN
+    """Subtracted from each channel, in units of the pixel range 0..1."""
+    std: Floats = CLIP_STD
+    """Each channel is then divided by this."""
+    rotation: float = 180.0
+    """Training images are turned by up to so many degrees."""
+    crop: float = 0.1
+    """With probability a half, up to this share of each side of a training image is cut away."""
+    flip: float = 0.5
+    """Probability of a horizontal flip in training."""
+    jitter: float = 0.3
+    """Contrast, brightness and saturation of training images are scaled by 1 - jitter .. 1 + jitter."""
+    balance: bool = False
+    """Repeat samples of rare classes in training until all classes are equally frequent."""
+
+    def __post_init__(self) -> None:
+        _require(self.images in ("mean", "one"), "images", "'mean' or 'one'", self.images)
+        _require(self.slices >= 1, "slices", "at least 1", self.slices)
+        _require(self.image_size >= 1, "image_size", "at least 1", self.image_size)
+        _require(len(self.mean) == 3, "mean", "three numbers", self.mean)
+        _require(len(self.std) == 3 and min(self.std) > 0, "std", "three positive numbers", self.std)
+        _require(0 <= self.rotation <= 180, "rotation", "between 0 and 180", self.rotation)
+        _require(0 <= self.crop < 0.5, "crop", "at least 0 and less than 0.5", self.crop)
+        _require(0 <= self.flip <= 1, "flip", "between 0 and 1", self.flip)
+        _require(0 <= self.jitter < 1, "jitter", "at least 0 and less than 1", self.jitter)
+        for name, values in (("modalities", self.modalities), ("labels", self.labels), ("classes", self.classes)):
+            _require(len(set(values)) == len(values), name, "without repetition", values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Backbone, adapters, and how modalities meet."""
+
+    fusion: Literal["ei", "late"] = "ei"
+    """'ei': summaries of the other modalities enter each ViT; 'late': the ablation without them."""
+    backbone: str = "vit_base_patch16_clip_224.openai"
+    """A timm name, open_clip:NAME[:PRETRAINED], or 'tiny' (a small ViT for trials on a CPU)."""
+    pretrained: bool = True
+    """Load the backbone's published weights from the hub (ignored by 'tiny' and with --weights)."""
+    weights: str = ""
+    """A local .safetensors or .pth file with the backbone's weights; 'tiny' is random without one."""
+    adapter: Literal["mor", "lora", "loramoe", "frozen", "full"] = "mor"
+    """How the backbone learns: Mixture of Ranks, one LoRA, equal LoRAs with a router, not at all, all of it."""
+    targets: Names = ("fc",)
+    """Layers that the adapters go to: qkv, proj, fc, fc1, fc2, or patterns of module names."""
+    ranks: Integers = ()
+    """Ranks of the experts; empty: 2,4,8 for mor, 4 for lora, 4,4,4 for loramoe."""
+    alphas: Floats = ()
+    """Alpha of each expert, which is scaled by alpha / rank; empty: twice its rank."""
+    bypass: bool = True
+    """The router of mor has an output without an expert, so that it may decline to adapt."""
+    dropout: float = 0.0
+    """Dropout on what the experts read."""
+    int_hidden: int = 384
+    """Hidden width of the network that turns a reference's summary into an intervention token."""
+    int_from: int = 0
+    """Block of the reference ViT after which its summary is read, from 1; 0: the last."""
+    int_at: int = 0
+    """Block of the target ViT before which intervention tokens enter, from 0."""
+    detach_fusion: bool = True
+    """The loss of the fused prediction trains only the fusion's gate, not the ViTs."""
+
+    def __post_init__(self) -> None:
+        _require(self.fusion in ("ei", "late"), "fusion", "'ei' or 'late'", self.fusion)
+        adapters = ("mor", "lora", "loramoe", "frozen", "full")
+        _require(self.adapter in adapters, "adapter", f"one of {', '.join(adapters)}", self.adapter)
+        _require(self.int_hidden >= 1, "int_hidden", "at least 1", self.int_hidden)
+        _require(self.int_from >= 0, "int_from", "at least 0", self.int_from)
+        _require(self.int_at >= 0, "int_at", "at least 0", self.int_at)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Optimiser, schedule, losses. The defaults are the paper's."""
+
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """SGD with momentum, or AdamW."""
+    lr: float = 1e-3
+    """Upper end of the cyclic learning rate."""
+    lr_low: float = 1e-5
+    """Lower end of it."""
+    cycle_epochs: float = 4.0
+    """Epochs from the lower end to the upper, and as many back down."""
+    cycle_decay: float = 0.8
+    """Factor on the height of each cycle after the first."""
+    momentum: float = 0.95
+    """Of SGD."""
+    weight_decay: float = 1e-4
+    """On all trained parameters."""
+    batch_size: int = 8
+    """Samples per step."""
+    epochs: int = 200
+    """Most epochs of a stage; without validation rows, exactly so many."""
+    patience: int = 10
+    """A stage stops after so many validations without a better mAP."""
+    aux_weight: float = 0.3
+    """Weight of the losses of the auxiliary ViTs."""
+    gate_weight: float = 0.1
+    """Weight of the loss that pulls the fusion towards the best modality."""
+    gate_prior: str = ""
+    """That modality; empty: the one whose stage-1 model has the best mAP on the training rows."""
+    stages: Literal["both", "2"] = "both"
+    """'both': first each modality alone, then together; '2': together at once, from the backbone."""
+    bootstrap: int = 1000
+    """Resamplings of the patients for the 95 % intervals; 0: none."""
+    seed: int = 0
+    """Of initialisation, order, augmentation and resampling."""
+    device: str = "auto"
+    """'auto' (CUDA, Apple's, else the CPU) or a torch device."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the ViTs' arithmetic; weights and losses stay in fp32."""
+    workers: int = 0
+    """Processes that load images."""
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, "lr", "positive", self.lr)
+        _require(0 < self.lr_low <= self.lr, "lr_low", "positive and at most lr", self.lr_low)
+        _require(self.cycle_epochs > 0, "cycle_epochs", "positive", self.cycle_epochs)
+        _require(0 < self.cycle_decay <= 1, "cycle_decay", "above 0 and at most 1", self.cycle_decay)
+        _require(0 <= self.momentum < 1, "momentum", "at least 0 and below 1", self.momentum)
+        _require(self.weight_decay >= 0, "weight_decay", "at least 0", self.weight_decay)
+        _require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
+        _require(self.epochs >= 1, "epochs", "at least 1", self.epochs)
+        _require(self.patience >= 1, "patience", "at least 1", self.patience)
+        _require(self.aux_weight >= 0, "aux_weight", "at least 0", self.aux_weight)
+        _require(self.gate_weight >= 0, "gate_weight", "at least 0", self.gate_weight)
+        _require(self.bootstrap >= 0, "bootstrap", "at least 0", self.bootstrap)
+        _require(self.workers >= 0, "workers", "at least 0", self.workers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything that a run depends on."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        return {
+            section: {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+            for section, values in asdict(self).items()
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The configuration of a nested mapping; what is left out has its default.
+
+        Raises:
+            ValueError: a section or field that does not exist, or a value that a field refuses.
+        """
+        sections = {"data": DataConfig, "model": ModelConfig, "train": TrainConfig}
+        _refuse_unknown("section", values, sections)
+        parsed: dict[str, Any] = {}
+        for section, kind in sections.items():
+            given = values.get(section) or {}
+            if not isinstance(given, Mapping):
+                raise ValueError(f"section '{section}' must hold 'name: value' lines, got {given!r}")
+            _refuse_unknown(f"field of section '{section}'", given, [item.name for item in fields(kind)])
+            parsed[section] = kind(**{key: _as_field(kind, key, value) for key, value in given.items()})
+        return cls(**parsed)
+
+    def save(self, path: Path) -> None:
+        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read a YAML file.
+
+        Raises:
+            ValueError: the file is missing, is not YAML, or does not fit; the message names the file.
+        """
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+            if not isinstance(values, Mapping):
+                raise ValueError("it must hold the sections data, model and train")
+            return cls.from_dict(values)
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise ValueError(f"cannot use the configuration {path}: {error}") from error
+
+
+def _require(condition: bool, name: str, requirement: str, value: object) -> None:
+    if not condition:
+        raise ValueError(f"{name} must be {requirement}, got {value!r}")
+
+
+def _refuse_unknown(what: str, given: Mapping[str, Any], known: Any) -> None:
+    unknown = [key for key in given if key not in known]
+    if unknown:
+        raise ValueError(f"unknown {what}: {', '.join(map(str, unknown))}; known are {', '.join(known)}")
+
+
+def _as_field(kind: type, key: str, value: Any) -> Any:
+    default = kind.__dataclass_fields__[key]  # type: ignore[attr-defined]
+    example = default.default
+    if isinstance(example, tuple):
+        values = value.split(",") if isinstance(value, str) else value
+        if not isinstance(values, (list, tuple)):
+            raise ValueError(f"{key} must be a list, got {value!r}")
+        return tuple(values)
+    if isinstance(example, bool):
+        valid = isinstance(value, bool)
+    elif isinstance(example, float):
+        # YAML reads 1e-3 as a string, because its floats need a dot.
+        if isinstance(value, str):
+            value = float(value)
+        valid, value = isinstance(value, (int, float)) and not isinstance(value, bool), float(value)
+    elif isinstance(example, int):
+        valid = isinstance(value, int) and not isinstance(value, bool)
+    else:
+        valid, value = isinstance(value, (str, int)), str(value)
+    if not valid:
+        raise ValueError(f"{key} must be of the kind of {example!r}, got {value!r}")
+    return value

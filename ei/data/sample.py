@@ -1,0 +1,64 @@
+"""What one patient's images and label look like on the way from disk to a model.
+
+Shapes: B batch, I images per modality, C classes; images are (3, H, W), float32, normalised.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One row, loaded: ``images[modality]`` is (I, 3, H, W); ``label`` is () int64, (C,) float32, or None."""
+
+    id: str
+    images: dict[str, Tensor]
+    label: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples side by side.
+
+    Samples may have different numbers of images: each modality is padded with zeros to the largest
+    number in the batch, and ``present[modality]`` (B, I) says which images are real.
+    """
+
+    images: dict[str, Tensor]  # modality -> (B, I, 3, H, W)
+    present: dict[str, Tensor]  # modality -> (B, I) bool
+    labels: Tensor | None = None  # (B,) int64 for one label per sample, (B, C) float32 for several
+    ids: list[str] = field(default_factory=list)
+
+    def to(self, device: torch.device | str) -> "Batch":
+        def moved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {modality: tensor.to(device, non_blocking=True) for modality, tensor in tensors.items()}
+
+        labels = None if self.labels is None else self.labels.to(device, non_blocking=True)
+        return replace(self, images=moved(self.images), present=moved(self.present), labels=labels)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Stack samples into a :class:`Batch`, padding each modality to its largest number of images."""
+    images, present = {}, {}
+    for modality in samples[0].images:
+        stacks = [sample.images[modality] for sample in samples]
+        counts = torch.tensor([len(stack) for stack in stacks])
+        most = int(counts.max())
+        padded = stacks[0].new_zeros(len(stacks), most, *stacks[0].shape[1:])
+        for row, stack in zip(padded, stacks, strict=True):
+            row[: len(stack)] = stack
+        images[modality] = padded
+        present[modality] = torch.arange(most) < counts[:, None]
+    labels = [sample.label for sample in samples if sample.label is not None]
+    return Batch(
+        images=images,
+        present=present,
+        labels=torch.stack(labels) if labels else None,
+        ids=[sample.id for sample in samples],
+    )

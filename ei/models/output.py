@@ -1,0 +1,15 @@
+"""What every model of this package returns. B batch, C classes, M modalities."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Output:
+    """Logits of a batch, whole and by part; a part that a model does not have is empty or None."""
+
+    logits: Tensor  # (B, C), the answer
+    modality_logits: dict[str, Tensor] = field(default_factory=dict)  # modality -> (B, C)
+    aux_logits: dict[str, Tensor] = field(default_factory=dict)  # modality -> (B, C)
+    modality_weights: Tensor | None = None  # (B, M), columns in the order of the configuration

@@ -1,0 +1,21 @@
+"""Mixture-of-Ranks adapters for Vision Transformers: inject them, train, save, load, take them out."""
+
+from mor.checkpoint import load, save
+from mor.config import MoRConfig
+from mor.functional import mor_linear
+from mor.gates import record_gates
+from mor.injection import disabled, eject, inject, trainable_parameters
+from mor.layer import MoRLinear
+
+__all__ = [
+    "MoRConfig",
+    "MoRLinear",
+    "disabled",
+    "eject",
+    "inject",
+    "load",
+    "mor_linear",
+    "record_gates",
+    "save",
+    "trainable_parameters",
+]

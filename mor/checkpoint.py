@@ -1,0 +1,182 @@
+"""Adapters on disk: ``adapter.safetensors`` and a ``config.json`` that says what they belong to."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as serialise
+from torch import Tensor, nn
+
+from mor.config import MoRConfig
+from mor.injection import eject, inject_names, injection_of, mor_layers
+
+Model = TypeVar("Model", bound=nn.Module)
+
+TENSORS, CONFIG = "adapter.safetensors", "config.json"
+FORMAT, FORMAT_VERSION = "mixture-of-ranks", 1
+
+
+def save(model: nn.Module, directory: str | os.PathLike[str], extra: str | Sequence[str] = ()) -> None:
+    """Write the adapters of an injected model, and such other parts as ``extra`` names.
+
+    Args:
+        model: The module that :func:`mor.inject` was called on.
+        directory: Made if need be; an adapter that is there is replaced.
+        extra: fnmatch patterns of further state-dict names, e.g. ``"head.*"`` for a trained head.
+
+    Raises:
+        ValueError: the model was not injected, is on the meta device, or a pattern matches nothing.
+
+    The file's hash is part of config.json: a file that was damaged, exchanged or only half written is
+    recognised by :func:`load`.
+    """
+    injection = injection_of(model)
+    state = model.state_dict()
+    adapter = _adapter_names(model)
+    extra_names = _match_extra(state, adapter, [extra] if isinstance(extra, str) else extra)
+    saved = [*adapter, *extra_names]
+    if any(state[name].is_meta for name in saved):
+        raise ValueError("model must hold its weights to be saved, but it is on the meta device")
+    tensors = {name: state[name].detach().cpu().contiguous() for name in saved}
+
+    payload = serialise(tensors, metadata={"format": FORMAT})
+    description = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "mor": injection.config.to_dict(),
+        "modules": list(injection.names),
+        "extra": extra_names,
+        "sha256": hashlib.sha256(payload).hexdigest(),
+        "torch": torch.__version__,
+    }
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / TENSORS, payload)
+    _write(folder / CONFIG, (json.dumps(description, indent=2) + "\n").encode())
+
+
+def load(model: Model, directory: str | os.PathLike[str]) -> Model:
+    """Read what :func:`save` wrote into ``model``, in place: a plain one is injected first.
+
+    Args:
+        model: A model of the same architecture as the saved one, plain, or injected with the same settings.
+        directory: A folder written by :func:`save`.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        ValueError: the folder is missing, damaged or of another kind, or does not fit the model; missing,
+            unexpected and mismatched names come in one message, and the model is left as it was.
+    """
+    folder = Path(directory)
+    config, modules, extra, tensors = _read(folder)
+    injected = getattr(model, "_mor_injection", None)
+    if injected is not None and (injected.config, set(injected.names)) != (config, set(modules)):
+        raise ValueError(
+            f"the adapter in {folder} was made with {config} on {len(modules)} layers, but the model has"
+            f" {injected.config} on {len(injected.names)}; call mor.eject on it first"
+        )
+    plain = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if injected is None:
+        absent = [name for name in modules if name not in plain]
+        if absent:
+            raise ValueError(f"the adapter in {folder} does not fit the model, which lacks the layers {_few(absent)}")
+        inject_names(model, modules, config)
+    try:
+        _copy(model, tensors, extra, folder)
+    except Exception:
+        if injected is None:
+            eject(model)
+        raise
+    return model
+
+
+def _copy(model: nn.Module, tensors: Mapping[str, Tensor], extra: Sequence[str], folder: Path) -> None:
+    state = model.state_dict(keep_vars=True)
+    expected = {*_adapter_names(model), *extra}
+    problems = {
+        "missing in the file": sorted(expected - set(tensors)),
+        "unexpected in the file": sorted(set(tensors) - expected),
+        "not in the model": sorted(expected - set(state)),
+        "of another shape": [
+            f"{name} (file {tuple(tensor.shape)}, model {tuple(state[name].shape)})"
+            for name, tensor in tensors.items()
+            if name in state and state[name].shape != tensor.shape
+        ],
+        "on the meta device": [name for name in tensors if name in state and state[name].is_meta],
+    }
+    if any(problems.values()):
+        listed = "; ".join(f"{what}: {_few(names)}" for what, names in problems.items() if names)
+        raise ValueError(f"the adapter in {folder} does not fit the model: {listed}")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            state[name].copy_(tensor)
+
+
+def _adapter_names(model: nn.Module) -> list[str]:
+    return [
+        f"{prefix}.{name}" if prefix else name
+        for prefix, layer in mor_layers(model).items()
+        for name in layer.adapter_parameters()
+    ]
+
+
+def _match_extra(state: Mapping[str, Any], adapter: Sequence[str], patterns: Sequence[str]) -> list[str]:
+    others = [name for name in state if name not in set(adapter)]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in others):
+            raise ValueError(f"extra '{pattern}' matches nothing in the model's state; names are {_few(others)}")
+    return [name for name in others if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def _read(folder: Path) -> tuple[MoRConfig, list[str], list[str], dict[str, Tensor]]:
+    try:
+        description = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        payload = (folder / TENSORS).read_bytes()
+    except OSError as error:
+        raise ValueError(f"{folder} holds no adapter: {error.strerror or error}: {error.filename}") from error
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG} is damaged: {error}") from error
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        raise ValueError(f"{folder / CONFIG} does not describe a {FORMAT} adapter")
+    if description.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{folder / CONFIG} has format version {description.get('format_version')}, this package reads"
+            f" {FORMAT_VERSION}; a newer mixture-of-ranks may read it"
+        )
+    if hashlib.sha256(payload).hexdigest() != description.get("sha256"):
+        raise ValueError(f"{folder / TENSORS} is damaged, or not the file that {CONFIG} was written with")
+    try:
+        return (
+            MoRConfig.from_dict(description["mor"]),
+            [str(name) for name in description["modules"]],
+            [str(name) for name in description["extra"]],
+            load_tensors(payload),
+        )
+    except (KeyError, TypeError, ValueError, SafetensorError) as error:
+        raise ValueError(f"the adapter in {folder} is damaged: {error}") from error
+
+
+def _write(path: Path, payload: bytes) -> None:
+    """Never leaves half a file under the final name."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(payload)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (f", ... ({len(names)} in all)" if len(names) > 8 else "")

@@ -1,0 +1,90 @@
+"""What a Mixture-of-Ranks layer looks like: ranks, their scaling, the router's bypass."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoRConfig:
+    """Settings of a Mixture-of-Ranks layer; immutable, and checked when made.
+
+    One class covers the method, its ablations and its relatives: equal ranks without bypass are LoRAMoE,
+    a single rank without bypass is LoRA (and has no router at all).
+
+    Args:
+        ranks: Rank of each expert.
+        alphas: Numerator of each expert's scaling ``alpha / rank``; None means twice the rank each.
+        bypass: The router has one more output that belongs to no expert, so that it can decline to adapt.
+        dropout: Probability with which inputs of the experts (not of the router) are zeroed in training.
+
+    Raises:
+        ValueError, TypeError: a field does not make sense; the message names it.
+
+    Source: arXiv 2603.17514, section 3.4.
+
+    >>> MoRConfig().scaling
+    (2.0, 2.0, 2.0)
+    >>> MoRConfig(ranks=(4,), bypass=False).router_outputs  # plain LoRA
+    0
+    """
+
+    ranks: tuple[int, ...] = (2, 4, 8)
+    alphas: tuple[float, ...] | None = None
+    bypass: bool = True
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        ranks = _as_tuple("ranks", self.ranks, int)
+        if not ranks or min(ranks) < 1:
+            raise ValueError(f"ranks must be one or more positive integers, got {self.ranks!r}")
+        alphas = tuple(2.0 * rank for rank in ranks)
+        if self.alphas is not None:
+            alphas = tuple(float(alpha) for alpha in _as_tuple("alphas", self.alphas, (int, float)))
+        if len(alphas) != len(ranks):
+            raise ValueError(f"alphas must have one value per rank, got {len(alphas)} for {len(ranks)} ranks")
+        if not all(0 < alpha < float("inf") for alpha in alphas):
+            raise ValueError(f"alphas must be positive and finite, got {self.alphas!r}")
+        if not isinstance(self.bypass, bool):
+            raise TypeError(f"bypass must be True or False, got {self.bypass!r}")
+        if isinstance(self.dropout, bool) or not isinstance(self.dropout, (int, float)):
+            raise TypeError(f"dropout must be a number, got {self.dropout!r}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout!r}")
+        # Frozen is for callers; storing the checked form makes equal settings compare equal.
+        object.__setattr__(self, "ranks", ranks)
+        object.__setattr__(self, "alphas", alphas)
+        object.__setattr__(self, "dropout", float(self.dropout))
+
+    @property
+    def scaling(self) -> tuple[float, ...]:
+        """alpha / rank of each expert."""
+        assert self.alphas is not None
+        return tuple(alpha / rank for alpha, rank in zip(self.alphas, self.ranks, strict=True))
+
+    @property
+    def router_outputs(self) -> int:
+        """Number of gates: one per expert and one for the bypass; 0 if there is nothing to weigh."""
+        gates = len(self.ranks) + self.bypass
+        return gates if gates > 1 else 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON types."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of :meth:`to_dict`; an unknown field is a ValueError."""
+        known = {item.name for item in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"unknown field of MoRConfig: {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+        return cls(**values)
+
+
+def _as_tuple(name: str, values: Any, kind: type | tuple[type, ...]) -> tuple[Any, ...]:
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        raise TypeError(f"{name} must be a sequence of numbers, got {values!r}")
+    if any(isinstance(value, bool) or not isinstance(value, kind) for value in values):
+        raise TypeError(f"{name} must hold only numbers (ranks: integers), got {values!r}")
+    return tuple(values)

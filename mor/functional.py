@@ -1,0 +1,267 @@
+"""The Mixture-of-Ranks equation, written twice: plainly, and fast.
+
+Shapes: T rows (all tokens), K in, O out, E experts, R sum of ranks, G router outputs (E, or E + 1 with the
+bypass, which is the last). ``A`` (R, K) and ``B`` (R, O) hold the experts' rows one expert after the other.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BACKENDS = ("auto", "eager", "concat")
+
+# Ranks, scaling, and the dtype to which the frozen weight is cast (None: it is used as it is).
+_Settings = tuple[tuple[int, ...], tuple[float, ...], torch.dtype | None]
+
+
+def mor_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    router_weight: Tensor | None,
+    router_bias: Tensor | None,
+    *,
+    ranks: Sequence[int],
+    scaling: Sequence[float],
+    bypass: bool = True,
+    expert_input: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    r"""A frozen linear map plus experts of several ranks, weighted per token.
+
+    .. math::
+        g = \mathrm{softmax}(R x + c), \qquad y = W x + b + \sum_i g_i \, s_i \, B_i^T A_i x
+
+    The gates are computed in fp32 or wider. With a bypass, ``g`` has one more entry than there are experts,
+    and the experts' weights sum to less than one. The result has the dtype of ``F.linear(x, weight, bias)``,
+    under autocast too; the adapter's parameters may be wider than ``x``.
+
+    Args:
+        x: (..., K), any leading shape, including none and zero rows.
+        weight: W, (O, K).
+        bias: b, (O,), or None.
+        A: (R, K).
+        B: (R, O): transposed, so that an expert's rows are contiguous along O.
+        router_weight: R, (G, K); None only for a single expert without bypass, whose gate is 1.
+        router_bias: c, (G,), or None.
+        ranks: Rank of each expert; they sum to R.
+        scaling: s, one factor per expert.
+        bypass: Whether the last router output belongs to no expert.
+        expert_input: (..., K), what the experts read in place of ``x`` (``x`` after dropout); the router
+            always reads ``x``.
+        backend: "eager" (a loop over the experts, the definition), "concat" (all experts and the router in
+            one product, gates on the rank side) or "auto".
+
+    Returns:
+        y, (..., O).
+
+    Raises:
+        ValueError: shapes, ranks or backend do not fit together.
+
+    Source: arXiv 2603.17514, section 3.4, Eq. 4.
+
+    >>> x, W = torch.ones(1, 2), torch.zeros(1, 2)
+    >>> A, B = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0]])
+    >>> router = torch.zeros(2, 2)  # one expert and the bypass, half each
+    >>> mor_linear(x, W, None, A, B, router, None, ranks=[1], scaling=[2.0])
+    tensor([[1.]])
+    """
+    _check_shapes(x, weight, A, B, router_weight, ranks, scaling, bypass, expert_input)
+    form = _eager if choose_backend(backend, x.device) == "eager" else _concat
+
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast and x.dtype != torch.float64 else x.dtype
+
+    A, B = A.to(dtype), B.to(dtype)
+    router_weight = None if router_weight is None else router_weight.to(dtype)
+    if autocast:
+        # Elsewhere a dtype of x that does not fit the weight is the caller's error, as it is for F.linear.
+        x = x.to(dtype)
+        expert_input = None if expert_input is None else expert_input.to(dtype)
+    settings = (tuple(ranks), tuple(scaling), dtype if autocast else None)
+    with torch.autocast(device, enabled=False) if autocast else nullcontext():
+        return form(x, expert_input, weight, bias, A, B, router_weight, router_bias, settings)
+
+
+def choose_backend(backend: str, device: torch.device) -> str:
+    """The backend that ``"auto"`` stands for on ``device``; a named one is checked and returned."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    return "concat" if backend == "auto" else backend
+
+
+def mor_gates(x: Tensor, router_weight: Tensor, router_bias: Tensor | None) -> Tensor:
+    """softmax(R x + c), (..., G), in fp32 or wider."""
+    return _softmax(F.linear(x, router_weight), router_bias)
+
+
+def _eager(
+    x: Tensor,
+    expert_input: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    router_weight: Tensor | None,
+    router_bias: Tensor | None,
+    settings: _Settings,
+) -> Tensor:
+    ranks, scaling, base_dtype = settings
+    y = F.linear(x, *_cast_base(weight, bias, base_dtype))
+    gates = None if router_weight is None else mor_gates(x, router_weight, router_bias).to(x.dtype)
+    u = x if expert_input is None else expert_input
+    for i, (A_i, B_i) in enumerate(zip(A.split(ranks), B.split(ranks), strict=True)):
+        gate = 1.0 if gates is None else gates[..., i : i + 1]
+        y = y + gate * scaling[i] * (u @ A_i.T @ B_i)
+    return y
+
+
+def _concat(
+    x: Tensor,
+    expert_input: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    router_weight: Tensor | None,
+    router_bias: Tensor | None,
+    settings: _Settings,
+) -> Tensor:
+    if expert_input is None:
+        rows = x.reshape(-1, x.shape[-1])
+        y = _Concatenated.apply(rows, weight, bias, A, B, router_weight, router_bias, settings)
+        return y.view(*x.shape[:-1], len(weight))
+    ranks, scaling, base_dtype = settings
+    h = expert_input @ A.T
+    gates = None if router_weight is None else mor_gates(x, router_weight, router_bias)
+    y = F.linear(x, *_cast_base(weight, bias, base_dtype))
+    return y + (h * _gate_columns(gates, ranks, scaling)).to(h.dtype) @ B
+
+
+class _Concatenated(torch.autograd.Function):
+    """All experts in one product: y = W x + b + B^T (gate * A x), gate_j = g_i s_i for each row j of expert i.
+
+    Written by hand because autograd would keep the steps between logits and gate, and hold two gradients of x's
+    size before adding them; this keeps x, h = A x and g, and accumulates in place.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,  # (T, K)
+        weight: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        router_weight: Tensor | None,
+        router_bias: Tensor | None,
+        settings: _Settings,
+    ) -> Tensor:
+        ranks, scaling, base_dtype = settings
+        gates = None
+        if router_weight is None:
+            h = x @ A.T  # (T, R)
+        else:
+            h, logits = (x @ torch.cat([A, router_weight]).T).split([len(A), len(router_weight)], dim=1)
+            h = h.contiguous()  # lets go of the logits beside it, which would be kept for backward
+            gates = _softmax(logits, router_bias)  # (T, G)
+        y = F.linear(x, *_cast_base(weight, bias, base_dtype))  # (T, O)
+        y.addmm_((h * _gate_columns(gates, ranks, scaling)).to(h.dtype), B)
+        ctx.save_for_backward(x, weight, A, B, router_weight, h, gates)
+        ctx.settings = settings
+        ctx.bias_dtypes = [None if tensor is None else tensor.dtype for tensor in (bias, router_bias)]
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, A, B, router_weight, h, gates = ctx.saved_tensors
+        ranks, scaling, base_dtype = ctx.settings
+        bias_dtype, router_bias_dtype = ctx.bias_dtypes
+        needs_x, needs_weight, needs_bias, needs_A, needs_B, needs_router, needs_router_bias, _ = ctx.needs_input_grad
+
+        columns = _gate_columns(gates, ranks, scaling)
+        d_gated = dy @ B.T  # (T, R)
+        d_side, side = (d_gated * columns).to(h.dtype), A
+        d_logits = None
+        if gates is not None:
+            d_gates = torch.zeros_like(gates)  # the bypass keeps its zero
+            by_expert = (d_gated.to(gates.dtype) * h).split(ranks, dim=1)
+            for i, (product, scale) in enumerate(zip(by_expert, scaling, strict=True)):
+                d_gates[:, i] = scale * product.sum(1)
+            d_logits = gates * (d_gates - (d_gates * gates).sum(1, keepdim=True))  # (T, G)
+            d_side = torch.cat([d_side, d_logits.to(h.dtype)], dim=1)
+            side = torch.cat([A, router_weight])
+
+        dx = dA = d_router = d_router_bias = None
+        if needs_x:
+            dx = (dy @ _cast_base(weight, None, base_dtype)[0]).addmm_(d_side, side)
+        if needs_A or needs_router:
+            dA, d_router = (d_side.T @ x).tensor_split([len(A)])
+        if needs_router_bias:
+            assert d_logits is not None
+            d_router_bias = d_logits.sum(0).to(router_bias_dtype)
+        dB = (h * columns).to(h.dtype).T @ dy if needs_B else None
+        d_weight = (dy.T @ x).to(weight.dtype) if needs_weight else None
+        d_bias = dy.sum(0).to(bias_dtype) if needs_bias else None
+        return dx, d_weight, d_bias, dA, dB, d_router if needs_router else None, d_router_bias, None
+
+
+def _softmax(logits: Tensor, router_bias: Tensor | None) -> Tensor:
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    logits = logits.to(wide)
+    return (logits if router_bias is None else logits + router_bias.to(wide)).softmax(-1)
+
+
+def _gate_columns(gates: Tensor | None, ranks: tuple[int, ...], scaling: tuple[float, ...]) -> Tensor | float:
+    """g_i s_i for each row of each expert, (..., R); just s where a single expert has no router."""
+    if gates is None:
+        return scaling[0]
+    return torch.cat(
+        [(gates[..., i : i + 1] * scaling[i]).expand(*gates.shape[:-1], r) for i, r in enumerate(ranks)], -1
+    )
+
+
+def _cast_base(weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
+    if dtype is None:
+        return weight, bias
+    return weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _check_shapes(
+    x: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    router_weight: Tensor | None,
+    ranks: Sequence[int],
+    scaling: Sequence[float],
+    bypass: bool,
+    expert_input: Tensor | None,
+) -> None:
+    out_features, in_features = weight.shape
+    total, gates = sum(ranks), len(ranks) + bypass
+    if x.ndim == 0 or x.shape[-1] != in_features:
+        raise ValueError(f"x must end in {in_features} features to fit weight, got shape {tuple(x.shape)}")
+    if len(scaling) != len(ranks):
+        raise ValueError(f"scaling must have one factor per rank, got {len(scaling)} for {len(ranks)} ranks")
+    if A.shape != (total, in_features):
+        raise ValueError(f"A must be ({total}, {in_features}) for ranks {tuple(ranks)}, got {tuple(A.shape)}")
+    if B.shape != (total, out_features):
+        raise ValueError(f"B must be ({total}, {out_features}) for ranks {tuple(ranks)}, got {tuple(B.shape)}")
+    if router_weight is None and gates > 1:
+        raise ValueError(f"router_weight is needed for {len(ranks)} experts with bypass={bypass}, got None")
+    if router_weight is not None and router_weight.shape != (gates, in_features):
+        raise ValueError(
+            f"router_weight must be ({gates}, {in_features}) for {len(ranks)} experts with bypass={bypass},"
+            f" got {tuple(router_weight.shape)}"
+        )
+    if expert_input is not None and expert_input.shape != x.shape:
+        raise ValueError(f"expert_input must have x's shape {tuple(x.shape)}, got {tuple(expert_input.shape)}")

@@ -1,0 +1,138 @@
+"""MoRLinear: a linear layer with its Mixture-of-Ranks adapter, in place of nn.Linear."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mor.config import MoRConfig
+from mor.functional import choose_backend, mor_gates, mor_linear
+
+
+class MoRLinear(nn.Module):
+    """``base`` plus experts of several ranks, weighted per token by a router.
+
+    The layer starts out as ``base`` exactly, because B is zero. ``base`` itself is kept (the same object) and
+    frozen. Adapter parameters are created beside it, in fp32 where it is narrower, so that small updates
+    are not rounded away.
+
+    Attributes:
+        base: The original layer.
+        mor_A: (R, K), the experts' inner rows one expert after the other, R the sum of ranks.
+        mor_B: (R, O), the experts' outer rows, stored transposed.
+        mor_router: nn.Linear(K, G) giving the gates' logits, the bypass last; None for a single expert
+            without bypass.
+        backend: How the sum is computed, see :func:`mor.mor_linear`; may be set at any time.
+        enabled: False makes the layer its base; see :func:`mor.disabled`.
+
+    Raises:
+        TypeError: ``base`` is not an nn.Linear, or a subclass that computes something else.
+
+    Source: arXiv 2603.17514, section 3.4.
+
+    >>> layer = MoRLinear(nn.Linear(4, 6), MoRConfig(ranks=(1, 2)))
+    >>> layer(torch.zeros(5, 4)).shape, sum(p.numel() for p in layer.parameters() if p.requires_grad)
+    (torch.Size([5, 6]), 45)
+    """
+
+    def __init__(self, base: nn.Linear, config: MoRConfig | None = None, *, backend: str = "auto") -> None:
+        super().__init__()
+        if not isinstance(base, nn.Linear) or type(base).forward is not nn.Linear.forward:
+            raise TypeError(
+                f"base must be an nn.Linear, or a subclass with the same forward, got {type(base).__name__}"
+            )
+        self.config = config = config or MoRConfig()
+        self.base = base.requires_grad_(False)
+        self.backend = backend
+        self.enabled = True
+
+        dtype, device = torch.promote_types(base.weight.dtype, torch.float32), base.weight.device
+        total = sum(config.ranks)
+        self.mor_A = nn.Parameter(torch.empty(total, base.in_features, dtype=dtype, device=device))
+        self.mor_B = nn.Parameter(torch.empty(total, base.out_features, dtype=dtype, device=device))
+        self.mor_router: nn.Linear | None = None
+        if config.router_outputs:
+            self.mor_router = nn.Linear(base.in_features, config.router_outputs, dtype=dtype, device=device)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw A and the router anew and set B to zero: the layer equals its base again."""
+        # The bound depends on the number of inputs alone, so one call serves experts of all ranks.
+        nn.init.kaiming_uniform_(self.mor_A, a=math.sqrt(5))
+        nn.init.zeros_(self.mor_B)
+        if self.mor_router is not None:
+            self.mor_router.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., O), see :func:`mor.mor_linear`."""
+        if not self.enabled:
+            return self.base(x)
+        dropped = F.dropout(x, self.config.dropout) if self.training and self.config.dropout else None
+        return mor_linear(
+            x,
+            self.base.weight,
+            self.base.bias,
+            self.mor_A,
+            self.mor_B,
+            None if self.mor_router is None else self.mor_router.weight,
+            None if self.mor_router is None else self.mor_router.bias,
+            ranks=self.config.ranks,
+            scaling=self.config.scaling,
+            bypass=self.config.bypass,
+            expert_input=dropped,
+            backend=self._backend,
+        )
+
+    def gates(self, x: Tensor) -> Tensor | None:
+        """Weights of the experts, then of the bypass: (..., K) -> (..., G), fp32 or wider; None without a router."""
+        if self.mor_router is None:
+            return None
+        parameter = self.mor_router.weight
+        return mor_gates(x.to(parameter.dtype), parameter, self.mor_router.bias)
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """What the adapter adds to ``base``, by name relative to the layer."""
+        return {name: parameter for name, parameter in self.named_parameters() if not name.startswith("base.")}
+
+    @property
+    def backend(self) -> str:
+        return self._backend
+
+    @backend.setter
+    def backend(self, name: str) -> None:
+        choose_backend(name, torch.device("cpu"))
+        self._backend = name
+
+    @property
+    def weight(self) -> Tensor:
+        """W of the base, (O, K)."""
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """b of the base, (O,)."""
+        return self.base.bias
+
+    @property
+    def in_features(self) -> int:
+        return self.base.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.base.out_features
+
+    def extra_repr(self) -> str:
+        config = self.config
+        backend = choose_backend(self.backend, self.base.weight.device)
+        parts = [
+            f"ranks={config.ranks}",
+            f"scaling={config.scaling}",
+            f"bypass={config.bypass}",
+            f"backend={backend}",
+        ]
+        if config.dropout:
+            parts.append(f"dropout={config.dropout}")
+        if not self.enabled:
+            parts.append("disabled")
+        return ", ".join(parts)

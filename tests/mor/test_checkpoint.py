@@ -1,0 +1,223 @@
+import copy
+import json
+import os
+import stat
+
+import pytest
+import torch
+from torch import nn
+
+from mor import MoRConfig, eject, inject, load, save, trainable_parameters
+from mor.injection import mor_layers
+
+
+@pytest.fixture
+def plain(vit) -> nn.Module:
+    return vit
+
+
+@pytest.fixture
+def trained(plain) -> nn.Module:
+    vit = copy.deepcopy(plain)
+    inject(vit, targets=["qkv", "fc"], ranks=(1, 2))
+    for parameter in [*trainable_parameters(vit).values(), *vit.head.parameters()]:
+        nn.init.normal_(parameter, std=0.3)
+    return vit
+
+
+def state(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_into_a_plain_model(trained, plain, images, tmp_path):
+    save(trained, tmp_path / "adapter", extra="head.*")
+    assert load(plain, tmp_path / "adapter") is plain
+    assert torch.equal(plain(images), trained(images))
+    assert list(mor_layers(plain)) == list(mor_layers(trained))
+    assert not any(parameter.requires_grad for name, parameter in plain.named_parameters() if ".mor_" not in name)
+
+
+def test_into_an_injected_model(trained, plain, images, tmp_path):
+    save(trained, tmp_path, extra=["head.weight", "head.bias"])
+    inject(plain, targets=["fc", "qkv"], ranks=(1, 2))
+    load(plain, tmp_path)
+    assert torch.equal(plain(images), trained(images))
+
+
+def test_without_extra_the_head_stays(trained, plain, tmp_path):
+    save(trained, tmp_path)
+    before = plain.head.weight.clone()
+    load(plain, tmp_path)
+    assert torch.equal(plain.head.weight, before)
+    assert torch.equal(plain.blocks[0].mlp.fc1.mor_B, trained.blocks[0].mlp.fc1.mor_B)
+
+
+def test_the_folder_is_two_readable_files(trained, tmp_path):
+    save(trained, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter.safetensors", "config.json"]
+    description = json.loads((tmp_path / "config.json").read_text())
+    assert MoRConfig.from_dict(description["mor"]) == MoRConfig(ranks=(1, 2))
+    assert len(description["modules"]) == 9
+
+
+def test_files_are_as_readable_as_others(trained, tmp_path):
+    save(trained, tmp_path)
+    (tmp_path / "plain").touch()
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    assert len(modes) == 1
+
+
+def test_saving_again_replaces(trained, plain, images, tmp_path):
+    save(trained, tmp_path)
+    nn.init.ones_(trained.blocks[0].mlp.fc1.mor_B)
+    save(trained, tmp_path, extra="head.*")
+    assert torch.equal(load(plain, tmp_path)(images), trained(images))
+
+
+def test_a_failed_write_keeps_the_old_file(trained, tmp_path, monkeypatch):
+    save(trained, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        save(trained, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def damaged(tmp_path, how) -> str:
+    tensors, config = tmp_path / "adapter.safetensors", tmp_path / "config.json"
+    payload = bytearray(tensors.read_bytes())
+    description = json.loads(config.read_text())
+    if how == "flipped bit":
+        payload[-5] ^= 1
+        tensors.write_bytes(payload)
+        return "is damaged, or not the file"
+    if how == "truncated":
+        tensors.write_bytes(payload[:-7])
+        return "is damaged, or not the file"
+    if how == "no tensors":
+        tensors.unlink()
+        return "holds no adapter: No such file"
+    if how == "no config":
+        config.unlink()
+        return "holds no adapter: No such file"
+    if how == "not JSON":
+        config.write_text("{")
+        return "config.json is damaged"
+    if how == "not UTF-8":
+        config.write_bytes(b"\xff\xfe{")
+        return "config.json is damaged"
+    if how == "foreign":
+        config.write_text('{"peft_type": "LORA"}')
+        return "does not describe a mixture-of-ranks adapter"
+    if how == "newer":
+        config.write_text(json.dumps({**description, "format_version": 2}))
+        return "format version 2, this package reads 1"
+    if how == "lacks a field":
+        del description["modules"]
+        config.write_text(json.dumps(description))
+        return "is damaged: 'modules'"
+    config.write_text(json.dumps({**description, "mor": {"ranks": [0]}}))
+    return "is damaged: ranks must be"
+
+
+FAULTS = ["flipped bit", "truncated", "no tensors", "no config", "not JSON", "not UTF-8", "foreign", "newer"]
+
+
+@pytest.mark.parametrize("how", [*FAULTS, "lacks a field", "bad setting"])
+def test_a_damaged_folder_leaves_the_model_as_it_was(trained, plain, tmp_path, how):
+    save(trained, tmp_path)
+    message = damaged(tmp_path, how)
+    before = state(plain)
+    with pytest.raises(ValueError, match=message):
+        load(plain, tmp_path)
+    assert same(state(plain), before) and not mor_layers(plain)
+    assert all(parameter.requires_grad for parameter in plain.parameters())
+
+
+def test_all_misfits_in_one_message(trained, tmp_path):
+    from safetensors.torch import load_file
+    from safetensors.torch import save as serialise
+
+    save(trained, tmp_path)
+    tensors = load_file(tmp_path / "adapter.safetensors")
+    tensors["stranger"] = tensors.pop("blocks.0.mlp.fc1.mor_A")
+    tensors["blocks.0.mlp.fc2.mor_B"] = torch.zeros(3, 3)
+    rewrite(tmp_path, serialise(tensors))
+    twin = eject(copy.deepcopy(trained))
+    before = state(twin)
+    with pytest.raises(ValueError) as error:
+        load(twin, tmp_path)
+    for part in (
+        "missing in the file: blocks.0.mlp.fc1.mor_A",
+        "unexpected in the file: stranger",
+        "of another shape: blocks.0.mlp.fc2.mor_B (file (3, 3), model (3, 32))",
+    ):
+        assert part in str(error.value)
+    assert same(state(twin), before)
+
+
+def rewrite(folder, payload: bytes) -> None:
+    import hashlib
+
+    (folder / "adapter.safetensors").write_bytes(payload)
+    description = json.loads((folder / "config.json").read_text())
+    description["sha256"] = hashlib.sha256(payload).hexdigest()
+    (folder / "config.json").write_text(json.dumps(description))
+
+
+def test_another_architecture(trained, tmp_path):
+    save(trained, tmp_path)
+    model = nn.Sequential(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="lacks the layers blocks.0.attn.qkv"):
+        load(model, tmp_path)
+    assert not mor_layers(model)
+
+
+def test_another_width(trained, tmp_path):
+    timm = pytest.importorskip("timm")
+    save(trained, tmp_path)
+    wider = timm.models.VisionTransformer(img_size=16, patch_size=8, embed_dim=64, depth=3, num_heads=2)
+    with pytest.raises(ValueError, match=r"blocks.0.attn.qkv.mor_A \(file \(3, 32\), model \(3, 64\)\)"):
+        load(wider, tmp_path)
+    assert not mor_layers(wider) and all(parameter.requires_grad for parameter in wider.parameters())
+
+
+@pytest.mark.parametrize("other", [{"targets": "fc", "ranks": (1, 2)}, {"targets": ["qkv", "fc"], "ranks": (4,)}])
+def test_injected_otherwise(trained, plain, tmp_path, other):
+    save(trained, tmp_path)
+    inject(plain, **other)
+    before = state(plain)
+    with pytest.raises(ValueError, match="call mor.eject on it first"):
+        load(plain, tmp_path)
+    assert same(state(plain), before)
+
+
+def test_bf16_models(trained, plain, images, tmp_path):
+    save(trained, tmp_path, extra="head.*")
+    load(plain.to(torch.bfloat16), tmp_path)
+    assert plain.blocks[0].mlp.fc1.mor_A.dtype == torch.float32
+    assert plain(images.bfloat16()).isfinite().all()
+
+
+def test_save_needs_adapters_and_matches(trained, plain, tmp_path):
+    with pytest.raises(ValueError, match="has no Mixture-of-Ranks layers"):
+        save(plain, tmp_path)
+    with pytest.raises(ValueError, match=r"extra 'classifier.\*' matches nothing"):
+        save(trained, tmp_path, extra="classifier.*")
+    assert not list(tmp_path.iterdir())
+
+
+def test_meta_models_are_refused(trained, tmp_path):
+    with pytest.raises(ValueError, match="meta device"):
+        save(copy.deepcopy(trained).to("meta"), tmp_path)
+    save(trained, tmp_path)
+    with pytest.raises(ValueError, match="on the meta device: blocks.0.attn.qkv.mor_A"):
+        load(eject(copy.deepcopy(trained)).to("meta"), tmp_path)

@@ -1,0 +1,184 @@
+import copy
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mor import MoRConfig, MoRLinear, mor_linear
+
+
+@pytest.fixture
+def layer() -> MoRLinear:
+    """7 -> 5 with every parameter random, so that the adapter shows."""
+    layer = MoRLinear(nn.Linear(7, 5), MoRConfig(ranks=(1, 3)))
+    nn.init.normal_(layer.mor_B)
+    return layer
+
+
+@pytest.mark.parametrize("shape", [(7,), (4, 7), (0, 7), (2, 3, 7), (2, 1, 3, 7)], ids=str)
+def test_starts_as_its_base(shape):
+    base = nn.Linear(7, 5)
+    x = torch.randn(shape)
+    assert torch.equal(MoRLinear(base)(x), base(x))
+
+
+def test_computes_the_equation(layer):
+    x = torch.randn(4, 7)
+    router = layer.mor_router
+    tensors = (layer.weight, layer.bias, layer.mor_A, layer.mor_B, router.weight, router.bias)
+    y = mor_linear(x, *tensors, ranks=(1, 3), scaling=(2.0, 2.0), backend="eager")
+    torch.testing.assert_close(layer(x), y)
+    assert not torch.allclose(layer(x), layer.base(x), atol=1e-2)
+
+
+def test_first_step_reaches_b_alone():
+    layer = MoRLinear(nn.Linear(7, 5))
+    layer(torch.randn(4, 7)).pow(2).sum().backward()
+    assert layer.mor_B.grad.abs().sum() > 0
+    for name in ("mor_A", "mor_router.weight", "mor_router.bias"):
+        assert not layer.get_parameter(name).grad.any(), name
+
+
+def test_freezes_its_base_and_nothing_else():
+    base = nn.Linear(7, 5)
+    layer = MoRLinear(base)
+    assert layer.base is base
+    assert {name for name, p in layer.named_parameters() if not p.requires_grad} == {"base.weight", "base.bias"}
+
+
+def test_shapes_and_names():
+    layer = MoRLinear(nn.Linear(7, 5))
+    shapes = {name: tuple(parameter.shape) for name, parameter in layer.adapter_parameters().items()}
+    assert shapes == {"mor_A": (14, 7), "mor_B": (14, 5), "mor_router.weight": (4, 7), "mor_router.bias": (4,)}
+
+
+def test_one_expert_without_bypass_has_no_router():
+    layer = MoRLinear(nn.Linear(7, 5), MoRConfig(ranks=(4,), alphas=(2.0,), bypass=False))
+    nn.init.normal_(layer.mor_B)
+    assert layer.mor_router is None and layer.gates(torch.zeros(7)) is None
+    x = torch.randn(3, 7)
+    torch.testing.assert_close(layer(x), layer.base(x) + 0.5 * x @ layer.mor_A.T @ layer.mor_B)
+
+
+def test_shows_what_hosts_read(layer):
+    assert layer.weight is layer.base.weight and layer.bias is layer.base.bias
+    assert (layer.in_features, layer.out_features) == (7, 5)
+    assert MoRLinear(nn.Linear(7, 5, bias=False)).bias is None
+
+
+def test_a_initialised_like_a_linear_layer():
+    torch.manual_seed(0)
+    layer = MoRLinear(nn.Linear(100, 5))
+    bound = 100**-0.5
+    assert 0.95 * bound < layer.mor_A.abs().max() <= bound
+    assert not layer.mor_B.any()
+
+
+@pytest.mark.parametrize(
+    ("base", "adapter"),
+    [
+        (torch.float64, torch.float64),
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+    ],
+)
+def test_adapters_are_at_least_fp32_and_the_output_is_the_bases(base, adapter):
+    layer = MoRLinear(nn.Linear(7, 5, dtype=base))
+    assert {parameter.dtype for parameter in layer.adapter_parameters().values()} == {adapter}
+    assert layer(torch.randn(2, 7, dtype=base)).dtype == base
+
+
+def test_follows_to_bfloat16(layer):
+    layer = layer.to(torch.bfloat16)
+    assert layer(torch.randn(2, 7, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_autocast_gives_what_the_base_gives(layer):
+    x = torch.randn(2, 7)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(x).dtype == layer.base(x).dtype == torch.bfloat16
+
+
+def test_dropout_acts_on_the_experts_and_only_in_training():
+    layer = MoRLinear(nn.Linear(64, 5), MoRConfig(dropout=0.5))
+    nn.init.normal_(layer.mor_B)
+    x = torch.randn(3, 64)
+    assert not torch.equal(layer(x), layer(x))
+    torch.manual_seed(3)
+    dropped = layer(x)
+    torch.manual_seed(3)
+    kept = F.dropout(x, 0.5)
+    router = layer.mor_router
+    tensors = (layer.weight, layer.bias, layer.mor_A, layer.mor_B, router.weight, router.bias)
+    expected = mor_linear(x, *tensors, ranks=(2, 4, 8), scaling=(2.0,) * 3, expert_input=kept)
+    assert torch.equal(dropped, expected)
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
+
+
+def test_disabled_is_its_base(layer):
+    x = torch.randn(3, 7)
+    layer.enabled = False
+    assert torch.equal(layer(x), layer.base(x))
+
+
+def test_repr_shows_the_backend(layer):
+    assert "backend=concat" in repr(layer)
+    layer.backend = "eager"
+    assert "backend=eager" in repr(layer)
+
+
+def test_both_backends_agree(layer):
+    x = torch.randn(3, 7)
+    concat = layer(x)
+    layer.backend = "eager"
+    torch.testing.assert_close(layer(x), concat)
+
+
+def test_unknown_backend_is_refused_at_once(layer):
+    with pytest.raises(ValueError, match="backend must be one of"):
+        layer.backend = "quick"
+    assert layer.backend == "auto"
+
+
+def test_copies_and_pickles(layer):
+    x = torch.randn(3, 7)
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+    for twin in (copy.deepcopy(layer), torch.load(buffer, weights_only=False)):
+        assert torch.equal(twin(x), layer(x)) and twin.mor_A is not layer.mor_A
+
+
+def test_checkpointing_gives_the_same_gradients(layer):
+    x = torch.randn(3, 7)
+    parameters = list(layer.adapter_parameters().values())
+    plain = torch.autograd.grad(layer(x).pow(2).sum(), parameters)
+    again = torch.autograd.grad(
+        torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False).pow(2).sum(), parameters
+    )
+    for one, other in zip(plain, again, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_gates_sum_to_one_with_the_bypass(layer):
+    gates = layer.gates(torch.randn(2, 3, 7))
+    assert gates.shape == (2, 3, 3)
+    torch.testing.assert_close(gates.sum(-1), torch.ones(2, 3))
+
+
+class Odd(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+@pytest.mark.parametrize(
+    "base", [nn.Conv2d(1, 1, 1), Odd(2, 2), MoRLinear(nn.Linear(2, 2))], ids=lambda b: type(b).__name__
+)
+def test_refuses_what_is_not_a_linear_layer(base):
+    with pytest.raises(TypeError, match="base must be an nn.Linear"):
+        MoRLinear(base)
+    assert any(parameter.requires_grad for parameter in base.parameters())
