@@ -159,7 +159,7 @@ def _read(folder: Path) -> tuple[MoRConfig, list[str], list[str], dict[str, Tens
             MoRConfig.from_dict(description["mor"]),
             [str(name) for name in description["modules"]],
             [str(name) for name in description["extra"]],
-            load_tensors(payload),
+            dict(sorted(load_tensors(payload).items())),
         )
     except (KeyError, TypeError, ValueError, SafetensorError) as error:
         raise ValueError(f"the adapter in {folder} is damaged: {error}") from error
