@@ -75,6 +75,17 @@ class DataConfig:
         _require(0 <= self.jitter < 1, "jitter", "at least 0 and less than 1", self.jitter)
         for name, values in (("modalities", self.modalities), ("labels", self.labels), ("classes", self.classes)):
             _require(len(set(values)) == len(values), name, "without repetition", values)
+        for modality in self.modalities:
+            # Folders and columns of results are named after modalities.
+            usable = not modality.startswith(".") and modality not in ("fused", "weight")
+            _require(
+                usable, "modalities", "called other than fused, weight, or with a dot first", modality
+            )
+
+    @property
+    def multi_label(self) -> bool:
+        """Several label columns: a sample may have several labels."""
+        return len(self.labels) > 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 from mor.config import MoRConfig
+from mor.files import write_atomically
 from mor.injection import eject, inject_names, injection_of, mor_layers
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -58,8 +59,8 @@ def save(model: nn.Module, directory: str | os.PathLike[str], extra: str | Seque
     }
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / TENSORS, payload)
-    _write(folder / CONFIG, (json.dumps(description, indent=2) + "\n").encode())
+    write_atomically(folder / TENSORS, payload)
+    write_atomically(folder / CONFIG, (json.dumps(description, indent=2) + "\n").encode())
 
 
 def load(model: Model, directory: str | os.PathLike[str]) -> Model:
@@ -163,19 +164,6 @@ def _read(folder: Path) -> tuple[MoRConfig, list[str], list[str], dict[str, Tens
         )
     except (KeyError, TypeError, ValueError, SafetensorError) as error:
         raise ValueError(f"the adapter in {folder} is damaged: {error}") from error
-
-
-def _write(path: Path, payload: bytes) -> None:
-    """Never leaves half a file under the final name."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(payload)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _few(names: Sequence[str]) -> str:

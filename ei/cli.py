@@ -1,0 +1,206 @@
+"""The command line. torch is imported only once a command runs, so that help comes at once."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+import tyro
+
+from ei.config import Config, DataConfig, ModelConfig, Names
+
+USAGE = """\
+usage: ei COMMAND [OPTIONS]
+
+Classify patients with two or more imaging modalities by Early Intervention on a frozen Vision Transformer.
+
+commands:
+  demo       train on pairs of handwritten digits and show what intervention does (no files, no network)
+  train      train on a manifest, both stages, and evaluate
+  evaluate   evaluate a run on its validation and test rows again
+  predict    predict the rows of another manifest
+  params     count what a model would train, without its weights
+
+'ei COMMAND --help' tells more. EI_TRACEBACK=1 in the environment shows where an error comes from.
+"""
+
+Command = TypeVar("Command")
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Train on pairs of handwritten digits: each image alone can tell only half of the class."""
+
+    out: Path = Path("runs/demo")
+    """Folder to write to; a demo that is there is replaced."""
+    seed: int = 0
+    """Of everything that is random."""
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train both stages and evaluate. --config FILE reads a YAML file first; flags come on top of it."""
+
+    config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
+    out: Path = Path("runs/latest")
+    """Folder of the run; must be new or empty."""
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Evaluate a run's best model again; writes metrics.json, predictions.csv, gates.json and report.html."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+
+
+@dataclass(frozen=True)
+class Predict:
+    """Predict every row of a manifest; it needs the columns id and those of the run's modalities."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    manifest: Path
+    """The CSV with the samples."""
+    out: Path = Path("predictions.csv")
+    """The CSV to write."""
+
+
+@dataclass(frozen=True)
+class Params:
+    """Count trainable parameters by part; nothing is downloaded or computed."""
+
+    modalities: Names
+    """Names of the modalities."""
+    classes: int
+    """Number of classes."""
+    backbone: str = ModelConfig.backbone
+    """As for 'ei train'."""
+    adapter: Literal["mor", "lora", "loramoe", "frozen", "full"] = "mor"
+    """As for 'ei train'."""
+    targets: Names = ModelConfig.targets
+    """As for 'ei train'."""
+    fusion: Literal["ei", "late"] = "ei"
+    """As for 'ei train'."""
+    bypass: bool = True
+    """As for 'ei train'."""
+    image_size: int = DataConfig.image_size
+    """As for 'ei train'; position embeddings depend on it, and count with --adapter full."""
+
+
+def run(words: Sequence[str]) -> int:
+    """Carry out a command; returns the exit code (2: wrong usage, 1: it could not be done)."""
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return 0
+    if words[0] == "--version":
+        from importlib.metadata import version
+
+        print(version("mixture-of-ranks"))
+        return 0
+    if words[0] not in COMMANDS:
+        print(f"ei: there is no command '{words[0]}'; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    try:
+        COMMANDS[words[0]](words[1:])
+    except (ValueError, OSError, ArithmeticError, ImportError) as error:
+        if "EI_TRACEBACK" in os.environ:
+            raise
+        print(f"ei {words[0]}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"ei {words[0]}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def demo(words: Sequence[str]) -> None:
+    command = _parse(Demo, "demo", words)
+    from ei.demo import run_demo
+
+    run_demo(command.out, seed=command.seed)
+
+
+def train(words: Sequence[str]) -> None:
+    path, words = _take_config(list(words))
+    base = Train() if path is None else Train(config=Config.load(path))
+    command = _parse(Train, "train", words, default=base)
+    if not command.config.data.manifest:
+        raise ValueError("train needs --manifest FILE, or a --config that names one")
+    from ei.training import train
+
+    folder = train(command.config, command.out)
+    _show(folder)
+
+
+def evaluate(words: Sequence[str]) -> None:
+    command = _parse(Evaluate, "evaluate", words)
+    from ei.evaluation import evaluate
+
+    evaluate(command.run)
+    _show(command.run)
+
+
+def predict(words: Sequence[str]) -> None:
+    command = _parse(Predict, "predict", words)
+    from ei.evaluation import predict
+
+    predict(command.run, command.manifest, command.out)
+    print(f"wrote {command.out}")
+
+
+def params(words: Sequence[str]) -> None:
+    command = _parse(Params, "params", words)
+    model = ModelConfig(
+        backbone=command.backbone,
+        adapter=command.adapter,
+        targets=command.targets,
+        fusion=command.fusion,
+        bypass=command.bypass,
+        pretrained=False,
+    )
+    config = Config(data=DataConfig(modalities=command.modalities, image_size=command.image_size), model=model)
+    import torch
+
+    from ei.models import build_model, count_trainable
+
+    with torch.device("meta"):
+        counts = count_trainable(build_model(config, command.classes))
+    width = max(map(len, counts))
+    for part, count in counts.items():
+        print(f"{part:<{width}}  {count:>13,}")
+
+
+def _show(folder: Path) -> None:
+    from ei.evaluation import metrics_table
+
+    for line in metrics_table(folder):
+        print(line)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "demo": demo,
+    "train": train,
+    "evaluate": evaluate,
+    "predict": predict,
+    "params": params,
+}
+
+
+def _parse(kind: type[Command], name: str, words: Sequence[str], default: Command | None = None) -> Command:
+    given = {} if default is None else {"default": default}
+    return tyro.cli(kind, prog=f"ei {name}", args=list(words), config=(tyro.conf.OmitArgPrefixes,), **given)
+
+
+def _take_config(words: list[str]) -> tuple[Path | None, list[str]]:
+    """The value of --config, and the other words."""
+    for index, word in enumerate(words):
+        if word.startswith("--config="):
+            return Path(word.partition("=")[2]), words[:index] + words[index + 1 :]
+        if word == "--config":
+            if index + 1 == len(words):
+                raise ValueError("--config needs the name of a YAML file")
+            return Path(words[index + 1]), words[:index] + words[index + 2 :]
+    return None, words

@@ -1,0 +1,233 @@
+"""The rows of a manifest as samples, and the order in which training sees them.
+
+Shapes: I images per modality, S slices of a volume, C classes.
+
+Nothing here depends on how many processes load, or on what was loaded before. The order of an epoch is a
+function of (seed, epoch). What a sample looks like is a function of (seed, epoch, id, repeat, modality): the
+sampler hands the epoch to the dataset with every index, so worker processes that outlive an epoch need not be
+told of the next one.
+"""
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from ei.config import DataConfig
+from ei.data.images import count_slices, read_image
+from ei.data.manifest import Row
+from ei.data.sample import Sample
+from ei.data.transforms import evaluation_transform, training_transform
+
+
+class Draw(NamedTuple):
+    """Which row to load, by its index, and which of its random versions."""
+
+    row: int
+    epoch: int = 0
+    repeat: int = 0
+    """How often this epoch has drawn the row before; so repeats of a rare class are augmented differently."""
+
+
+class ManifestDataset(Dataset[Sample]):
+    """Samples read from their files, one at a time.
+
+    Args:
+        rows: of a manifest, all labelled or none.
+        config: modalities, images per sample, slices per volume, augmentation and size.
+        multi_label: labels are (C,) float32 of 0 and 1, instead of () int64.
+        classes: names of the classes, in the order of the labels.
+        train: random augmentation, random slices and files; otherwise everything is fixed.
+        seed: of all that is random.
+
+    Indexing takes a :class:`Draw`, as :class:`EpochSampler` gives them, or a plain index, which means the
+    first epoch.
+
+    Raises:
+        ImageError: on indexing, when a file cannot be read; no image is ever replaced by another.
+
+    Example:
+        With ``images="mean"`` and ``slices=4``, a row with two plain files of one modality and a volume of 17
+        slices of another gives stacks of (2, 3, H, W) and (4, 3, H, W).
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        config: DataConfig,
+        *,
+        multi_label: bool,
+        classes: Sequence[str],
+        train: bool,
+        seed: int,
+    ) -> None:
+        _require_labels(rows, len(classes), multi_label)
+        self.rows = tuple(rows)
+        self.config = config
+        self.multi_label = multi_label
+        self.train = train
+        self.seed = seed
+        self.transform = training_transform(config) if train else evaluation_transform(config)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, draw: Draw | int) -> Sample:
+        index, epoch, repeat = draw if isinstance(draw, tuple) else Draw(draw)
+        row = self.rows[index]
+        images = {}
+        # Only the CPU's generator is forked and seeded: torch.manual_seed would reset the GPU's as well, and
+        # with it the dropout of a model that trains in this process.
+        with torch.random.fork_rng(devices=[]):
+            for modality in self.config.modalities:
+                torch.default_generator.manual_seed(_hash(self.seed, epoch, row.id, repeat, modality))
+                images[modality] = self._images(row, modality)
+        return Sample(id=row.id, images=images, label=self._label(row))
+
+    def _images(self, row: Row, modality: str) -> Tensor:
+        files = row.images[modality]
+        if self.config.images == "one":
+            chosen = int(torch.randint(len(files), ())) if self.train else 0
+            files = files[chosen : chosen + 1]
+        # Volumes of several files may differ in size; the transform makes them equal.
+        stacks = [read_image(file, self._slices(count_slices(file))) for file in files]
+        return torch.stack([self.transform(image) for stack in stacks for image in stack])
+
+    def _slices(self, count: int) -> list[int]:
+        if count == 1:
+            return [0]
+        wanted = self.config.slices
+        return random_slices(count, wanted) if self.train else central_slices(count, wanted)
+
+    def _label(self, row: Row) -> Tensor | None:
+        if row.label is None:
+            return None
+        return torch.tensor(row.label, dtype=torch.float32 if self.multi_label else torch.int64)
+
+
+def central_slices(count: int, wanted: int) -> list[int]:
+    """The slices that stand for a volume at evaluation: floor((k + 0.5)(S - 1) / wanted), k = 0, 1, ...
+
+    Args:
+        count: S, slices of the volume.
+        wanted: how many to take; of a volume with fewer, some are taken again.
+
+    Source: arXiv 2603.17514, implementation details (its four slices of a knee).
+
+    Example:
+        ``central_slices(17, 4)`` is [2, 6, 10, 14]; ``central_slices(3, 4)`` is [0, 0, 1, 1].
+    """
+    return [(2 * k + 1) * (count - 1) // (2 * wanted) for k in range(wanted)]
+
+
+def random_slices(count: int, wanted: int) -> list[int]:
+    """One slice at random from each of ``wanted`` equal parts of a volume, by torch's global generator.
+
+    A part of less than one slice gives the slice that it begins in.
+
+    Source: arXiv 2603.17514, implementation details.
+
+    Example:
+        ``random_slices(16, 4)`` has one number from each of 0..3, 4..7, 8..11 and 12..15.
+    """
+    starts = [k * count // wanted for k in range(wanted + 1)]
+    return [start + int(torch.randint(max(end - start, 1), ())) for start, end in pairwise(starts)]
+
+
+def epoch_order(rows: Sequence[Row], *, seed: int, epoch: int, balance: bool = False) -> list[Draw]:
+    """All rows of an epoch in random order, a function of (seed, epoch) and the rows alone.
+
+    Args:
+        rows: the training rows.
+        seed: of the run.
+        epoch: from 0.
+        balance: repeat rows of rare classes, until every class has as many as the largest. With several
+            labels per row, a row counts as one of the rarest of its labels, c, and such rows are repeated
+            (count of the most frequent label) / (count of c) times, those without any label not at all.
+            Which rows of a class are repeated once more than others is drawn each epoch.
+
+    Returns:
+        Every row at least once; as many draws in every epoch.
+
+    Example:
+        Labels 0, 0, 0, 0, 1, 1, 1 with ``balance`` give eight draws: four of class 0, and of the rows of
+        class 1 each once, one of them twice.
+    """
+    generator = torch.Generator().manual_seed(_hash(seed, epoch, "order"))
+    copies = _balanced_copies(rows, generator) if balance else [1] * len(rows)
+    draws = [Draw(index, epoch, repeat) for index, count in enumerate(copies) for repeat in range(count)]
+    return [draws[position] for position in torch.randperm(len(draws), generator=generator).tolist()]
+
+
+class EpochSampler(Sampler[Draw]):
+    """:func:`epoch_order` for a DataLoader; call :meth:`set_epoch` before each pass.
+
+    Its draws carry the epoch, so that no worker process needs to be told.
+    """
+
+    def __init__(self, rows: Sequence[Row], *, seed: int, balance: bool = False) -> None:
+        self.rows = tuple(rows)
+        self.seed = seed
+        self.balance = balance
+        self.epoch = 0
+        self._length = len(epoch_order(rows, seed=seed, epoch=0, balance=balance))
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[Draw]:
+        return iter(epoch_order(self.rows, seed=self.seed, epoch=self.epoch, balance=self.balance))
+
+    def __len__(self) -> int:
+        return self._length
+
+
+def _balanced_copies(rows: Sequence[Row], generator: torch.Generator) -> list[int]:
+    """How often each row occurs."""
+    counts = Counter(label for row in rows for label in _positive_labels(row))
+    groups: dict[int | None, list[int]] = defaultdict(list)
+    for index, row in enumerate(rows):
+        rarest = min(_positive_labels(row), key=lambda label: (counts[label], label), default=None)
+        groups[rarest].append(index)
+    copies = [1] * len(rows)
+    for rarest, members in groups.items():
+        if rarest is None:
+            continue
+        total = round(len(members) * max(counts.values()) / counts[rarest])
+        each, left_over = divmod(total, len(members))
+        order = torch.randperm(len(members), generator=generator).tolist()
+        for position, member in enumerate(order):
+            copies[members[member]] = each + (position < left_over)
+    return copies
+
+
+def _positive_labels(row: Row) -> list[int]:
+    if row.label is None:
+        raise ValueError(f"balance needs labels, but row {row.number} has none")
+    if isinstance(row.label, int):
+        return [row.label]
+    return [label for label, flag in enumerate(row.label) if flag]
+
+
+def _require_labels(rows: Sequence[Row], class_count: int, multi_label: bool) -> None:
+    labels = [row.label for row in rows if row.label is not None]
+    if len(labels) not in (0, len(rows)):
+        raise ValueError(f"rows must all have a label, or none; {len(labels)} of {len(rows)} have one")
+    for label in labels:
+        if multi_label != isinstance(label, tuple):
+            raise ValueError(f"multi_label is {multi_label}, which does not fit the label {label!r}")
+        if isinstance(label, tuple) and len(label) != class_count:
+            raise ValueError(f"labels must have one value for each of {class_count} classes, got {label!r}")
+        if isinstance(label, int) and not 0 <= label < class_count:
+            raise ValueError(f"labels must be below the number of classes, {class_count}, got {label}")
+
+
+def _hash(*parts: int | str) -> int:
+    """A seed; unlike Python's hash, the same in every process."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1

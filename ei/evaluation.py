@@ -1,0 +1,258 @@
+"""From a trained model to logits, from logits to files: evaluate a run, predict new samples.
+
+Shapes: N samples, C classes, M modalities.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ei.config import Config
+from ei.data.loaders import evaluation_loader
+from ei.data.manifest import Manifest, Row, read_manifest
+from ei.metrics import summarise
+from ei.models import UniModal
+from ei.progress import track
+from ei.report import write_report
+from ei.runs import RunFolder, load
+from ei.runtime import arithmetic, choose_device
+from mor import MoRLinear, record_gates
+from mor.files import write_atomically
+from mor.gates import GateRecord
+
+EVALUATED = ("val", "test")
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Raw outputs for N samples, float32, in the order in which they were asked for."""
+
+    logits: np.ndarray  # (N, C)
+    modality_logits: dict[str, np.ndarray]  # modality -> (N, C)
+    modality_weights: np.ndarray | None  # (N, M)
+
+
+@torch.no_grad()
+def predict_rows(
+    model: nn.Module, rows: Sequence[Row], config: Config, *, device: torch.device, what: str = "predict"
+) -> Predictions:
+    """Run a model over rows, each exactly once, without augmentation; the model's mode is kept.
+
+    Raises:
+        ValueError: the model gives something that is not finite; the message names the samples.
+    """
+    loader = evaluation_loader(rows, config)
+    was_training = model.training
+    model.eval()
+    logits: list[Tensor] = []
+    weights: list[Tensor] = []
+    each: dict[str, list[Tensor]] = {}
+    ids: list[str] = []
+    for batch in track(loader, what, len(loader)):
+        with arithmetic(device, config.train.precision):
+            output = model(batch.to(device))
+        logits.append(output.logits.float().cpu())
+        for modality, values in output.modality_logits.items():
+            each.setdefault(modality, []).append(values.float().cpu())
+        if output.modality_weights is not None:
+            weights.append(output.modality_weights.float().cpu())
+        ids += batch.ids
+    model.train(was_training)
+    if ids != [row.id for row in rows]:
+        raise RuntimeError("samples came back in another order than they were asked for")
+    together = torch.cat(logits)
+    if not together.isfinite().all():
+        bad = [name for name, finite in zip(ids, together.isfinite().all(1), strict=True) if not finite]
+        raise ValueError(f"the model gives numbers that are not finite for {', '.join(bad[:8])}")
+    return Predictions(
+        logits=together.numpy(),
+        modality_logits={modality: torch.cat(values).numpy() for modality, values in each.items()},
+        modality_weights=torch.cat(weights).numpy() if weights else None,
+    )
+
+
+def evaluate(run: str | Path) -> dict[str, Any]:
+    """Evaluate a run's best model on the validation and test rows of its manifest, and write what came out.
+
+    Writes metrics.json, predictions.csv, gates.json (if there are routers) and report.html into the run.
+
+    Args:
+        run: A folder written by :func:`ei.train`.
+
+    Returns:
+        The content of metrics.json.
+
+    Raises:
+        ValueError: the run or its manifest cannot be used, or there is nothing to evaluate on.
+    """
+    folder = RunFolder(Path(run))
+    model, config = load(run)
+    manifest = read_manifest(config.data.manifest, config.data, classes=config.data.classes)
+    splits = {name: rows for name in EVALUATED if (rows := manifest.split(name))}
+    if not splits:
+        raise ValueError(f"{config.data.manifest} has neither val nor test rows, so there is nothing to evaluate on")
+    device = choose_device(config.train.device)
+    model.to(device)
+    with recorded_gates(model) as gates:
+        predictions = {
+            name: predict_rows(model, rows, config, device=device, what=f"evaluate {name}")
+            for name, rows in splits.items()
+        }
+    metrics = {
+        "classes": list(manifest.classes),
+        "modalities": list(manifest.modalities),
+        "multi_label": manifest.multi_label,
+        "splits": {name: measure(predictions[name], rows, manifest, config) for name, rows in splits.items()},
+    }
+    write_json(folder.metrics, metrics)
+    write_json(folder.gates, {part: layers for part, record in gates.items() if (layers := _gate_rows(record))})
+    tables = [prediction_table(predictions[name], rows, manifest) for name, rows in splits.items()]
+    write_csv(folder.predictions, [line for table in tables for line in table])
+    write_report(folder.path)
+    return metrics
+
+
+def predict(run: str | Path, manifest: str | Path, out: str | Path) -> None:
+    """Predict every row of a manifest, which needs no labels, and write a CSV with probabilities.
+
+    Args:
+        run: A folder written by :func:`ei.train`.
+        manifest: CSV with ``id`` and the columns of the run's modalities.
+        out: The CSV to write; columns are id, patient, split, label (both empty), ``fused:CLASS``,
+            ``MODALITY:CLASS`` and ``weight:MODALITY``.
+
+    Raises:
+        ValueError: the run or the manifest cannot be used.
+    """
+    model, config = load(run)
+    table = read_manifest(manifest, config.data, classes=config.data.classes, labelled=False)
+    device = choose_device(config.train.device)
+    predictions = predict_rows(model.to(device), table.rows, config, device=device)
+    write_csv(Path(out), prediction_table(predictions, table.rows, table))
+
+
+def measure(predictions: Predictions, rows: Sequence[Row], manifest: Manifest, config: Config) -> dict[str, Any]:
+    """Metrics of the fused prediction and of each modality's own."""
+
+    def of(logits: np.ndarray) -> dict[str, Any]:
+        return summarise(
+            logits,
+            np.array([row.label for row in rows]),
+            [row.patient for row in rows],
+            manifest.classes,
+            multi_label=manifest.multi_label,
+            bootstrap=config.train.bootstrap,
+            seed=config.train.seed,
+        )
+
+    return {
+        "fused": of(predictions.logits),
+        "modalities": {modality: of(logits) for modality, logits in predictions.modality_logits.items()},
+    }
+
+
+def prediction_table(predictions: Predictions, rows: Sequence[Row], manifest: Manifest) -> list[dict[str, Any]]:
+    """One dict per row, column name -> cell: probabilities, fused and per modality, and the modality weights."""
+    logits = {"fused": predictions.logits} | predictions.modality_logits
+    probs = {source: probabilities(values, manifest.multi_label) for source, values in logits.items()}
+    table = []
+    for index, row in enumerate(rows):
+        line: dict[str, Any] = {"id": row.id, "patient": row.patient, "split": row.split}
+        line["label"] = label_text(row.label, manifest.classes)
+        for source, values in probs.items():
+            line |= {f"{source}:{name}": f"{p:.6f}" for name, p in zip(manifest.classes, values[index], strict=True)}
+        if predictions.modality_weights is not None:
+            weights = zip(manifest.modalities, predictions.modality_weights[index], strict=True)
+            line |= {f"weight:{modality}": f"{weight:.6f}" for modality, weight in weights}
+        table.append(line)
+    return table
+
+
+def probabilities(logits: np.ndarray, multi_label: bool) -> np.ndarray:
+    """(N, C) -> (N, C): softmax over the classes, or a sigmoid each, computed in float64."""
+    values = torch.from_numpy(logits).double()
+    return (values.sigmoid() if multi_label else values.softmax(1)).numpy()
+
+
+def label_text(label: int | tuple[int, ...] | None, classes: Sequence[str]) -> str:
+    """A class name; several joined by ';'; empty where nothing is known.
+
+    >>> label_text(1, ["dry", "wet"]), label_text((1, 0, 1), ["a", "b", "c"])
+    ('wet', 'a;c')
+    """
+    if label is None:
+        return ""
+    if isinstance(label, tuple):
+        return ";".join(name for name, present in zip(classes, label, strict=True) if present)
+    return classes[label]
+
+
+@contextmanager
+def recorded_gates(model: nn.Module) -> Iterator[Mapping[str, GateRecord]]:
+    """Records of all routers by the ViT they belong to, such as "primary/oct"; empty if there are none."""
+    with ExitStack() as stack:
+        records = {}
+        for name, branch in model.named_modules():
+            if isinstance(branch, UniModal) and _has_router(branch):
+                role = name.split(".")[0] or "unimodal"
+                records[f"{role}/{branch.modality}"] = stack.enter_context(record_gates(branch.backbone.vit))
+        yield records
+
+
+def _has_router(module: nn.Module) -> bool:
+    return any(isinstance(layer, MoRLinear) and layer.mor_router is not None for layer in module.modules())
+
+
+def _gate_rows(record: GateRecord) -> list[dict[str, Any]]:
+    return [{"layer": layer} | asdict(summary) for layer, summary in record.summary().items()]
+
+
+def metrics_table(run: str | Path) -> list[str]:
+    """The overall figures of a run as lines of text, with their 95 % intervals; says so if there are none."""
+    folder = RunFolder(Path(run))
+    if not folder.metrics.is_file():
+        return [f"{folder.path} has not been evaluated"]
+    metrics = json.loads(folder.metrics.read_text(encoding="utf-8"))
+    names = ["mAP", "mAUC", "mS2", "accuracy"]
+    width = max(len("fused"), *map(len, metrics["modalities"]))
+    lines = []
+    for split, measured in metrics["splits"].items():
+        fused = measured["fused"]
+        lines.append(f"{split}: {fused['samples']} samples of {fused['patients']} patients, 95 % intervals by patient")
+        lines.append(" " * width + "".join(f"  {name:<20}" for name in names))
+        for source, figures in {"fused": fused, **measured["modalities"]}.items():
+            cells = "".join(f"  {_interval(figures['overall'][name]):<20}" for name in names)
+            lines.append(f"{source:<{width}}{cells}".rstrip())
+        if fused["absent"]:
+            lines.append(f"left out of the means, for want of rows with and without: {', '.join(fused['absent'])}")
+    return [*lines, f"report: {folder.path / 'report.html'}"]
+
+
+def _interval(figure: Mapping[str, float | None]) -> str:
+    if figure["value"] is None:
+        return "undefined"
+    text = f"{figure['value']:.3f}"
+    return text if figure["low"] is None else f"{text} [{figure['low']:.3f}, {figure['high']:.3f}]"
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_atomically(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+
+
+def write_csv(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Write dicts with the same keys as a table; the file is there whole or not at all."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, text.getvalue().encode())

@@ -1,0 +1,100 @@
+"""Which backbone a configuration means, and how it learns."""
+
+import copy
+
+import torch
+
+import mor
+from ei.config import ModelConfig
+from ei.models.vit import Backbone
+from ei.models.vit_timm import load_timm, load_tiny
+
+__all__ = ["Backbone", "adapted", "load_backbone"]
+
+
+def load_backbone(config: ModelConfig, image_size: int) -> Backbone:
+    """The frozen backbone that a configuration names, for square images of one size.
+
+    Names:
+        - a timm name, e.g. 'vit_base_patch16_clip_224.openai': any VisionTransformer with a class token
+          and one convolution as patch embedding;
+        - 'open_clip:NAME[:PRETRAINED]', e.g. 'open_clip:ViT-B-16:openai': open_clip's own vision towers, or
+          towers that are such a timm model;
+        - 'tiny': width 64, 4 blocks of 4 heads, random, 4 to 8 patches a side.
+
+    Weights come from the file ``config.weights``, else, with ``config.pretrained``, from the hub. Position
+    embeddings are resized to the image size once, here. On the meta device (``with torch.device("meta")``)
+    no weights are read.
+
+    Args:
+        config: Only ``backbone``, ``pretrained`` and ``weights`` are used.
+        image_size: Side of the images, in pixels; need not be a multiple of the patch size.
+
+    Raises:
+        ValueError: the name is unknown or means another kind of model (nothing is downloaded then), or its
+            weights cannot be had or do not fit.
+
+    >>> backbone = load_backbone(ModelConfig(backbone="tiny"), image_size=32)
+    >>> backbone.width, backbone.depth, backbone.patch_size
+    (64, 4, 8)
+    """
+    if image_size < 1:
+        raise ValueError(f"image_size must be at least 1, got {image_size}")
+    on_meta = torch.get_default_device().type == "meta"
+    published = config.pretrained and not config.weights and not on_meta
+    if config.backbone == "tiny":
+        backbone: Backbone = load_tiny(image_size)
+    elif config.backbone.startswith("open_clip:"):
+        # Imported here: it takes seconds, and only these names need it.
+        from ei.models.vit_open_clip import load_open_clip
+
+        backbone = load_open_clip(config.backbone.removeprefix("open_clip:"), image_size, published)
+    else:
+        backbone = load_timm(config.backbone, image_size, published)
+    if config.weights and not on_meta:
+        backbone.load(config.weights)
+    return backbone
+
+
+def adapted(trunk: Backbone, config: ModelConfig) -> Backbone:
+    """A backbone of ``trunk``'s weights that learns as ``config.adapter`` says; ``trunk`` stays as it is.
+
+    'mor', 'lora' and 'loramoe' are Mixture-of-Ranks layers on ``config.targets``: with ranks 2, 4, 8 and,
+    as ``config.bypass`` says, a bypass; one of rank 4 without; three of rank 4 without. They and 'frozen'
+    share the trunk's frozen tensors; with 'full' everything trains, so everything is copied.
+
+    Raises:
+        ValueError: ``config.ranks`` does not go with the adapter, or a target matches nothing.
+
+    Source: arXiv 2603.17514, section 3.4.
+
+    >>> trunk = load_backbone(ModelConfig(backbone="tiny"), image_size=32)
+    >>> sum(p.numel() for p in adapted(trunk, ModelConfig()).parameters() if p.requires_grad)
+    40992
+    """
+    settings = _adapter_settings(config)
+    if config.adapter == "full":
+        return copy.deepcopy(trunk).requires_grad_(True)
+    backbone = trunk.fork()
+    if settings is not None:
+        mor.inject(backbone.vit, config.targets, settings)
+    return backbone
+
+
+def _adapter_settings(config: ModelConfig) -> mor.MoRConfig | None:
+    default: dict[str, tuple[int, ...]] = {"mor": (2, 4, 8), "lora": (4,), "loramoe": (4, 4, 4)}
+    if config.adapter not in default:
+        if config.ranks or config.alphas:
+            raise ValueError(f"ranks and alphas must be left out with adapter '{config.adapter}', which has none")
+        return None
+    ranks = config.ranks or default[config.adapter]
+    if config.adapter == "lora" and len(ranks) != 1:
+        raise ValueError(f"ranks must be a single rank with adapter 'lora', got {ranks}; several are 'mor'")
+    if config.adapter == "loramoe" and (len(ranks) < 2 or len(set(ranks)) != 1):
+        raise ValueError(f"ranks must be two or more equal ones with adapter 'loramoe', got {ranks}")
+    return mor.MoRConfig(
+        ranks=ranks,
+        alphas=config.alphas or None,
+        bypass=config.bypass and config.adapter == "mor",
+        dropout=config.dropout,
+    )

@@ -1,0 +1,106 @@
+"""One modality, one ViT, one head: the classifier of the first stage, and the branch of every larger model.
+
+Shapes: B batch, I images per modality, D width, C classes; images are (B, I, 3, H, W).
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from ei.data.sample import Batch
+from ei.models.backbone import Backbone
+from ei.models.output import Output
+
+
+class UniModal(nn.Module):
+    """``logits = head(summary)``, where the summary of a sample is the mean of its images' CLS tokens.
+
+    Args:
+        backbone: Taken as it is, so adapters are put into it before.
+        modality: Key of the batch's images.
+        num_classes: C.
+
+    Source: arXiv 2603.17514, section 4.3.4.
+
+    >>> import torch
+    >>> from ei.config import ModelConfig
+    >>> from ei.models.backbone import load_backbone
+    >>> model = UniModal(load_backbone(ModelConfig(backbone="tiny"), image_size=32), "oct", num_classes=4)
+    >>> images = {"oct": torch.zeros(2, 1, 3, 32, 32)}
+    >>> model(Batch(images, present={"oct": torch.ones(2, 1, dtype=torch.bool)})).logits.shape
+    torch.Size([2, 4])
+    """
+
+    def __init__(self, backbone: Backbone, modality: str, num_classes: int) -> None:
+        super().__init__()
+        self.modality = modality
+        self.backbone = backbone
+        self.head = nn.Linear(backbone.width, num_classes)
+
+    def forward(self, batch: Batch) -> Output:
+        """``logits`` (B, C), which are this modality's, too."""
+        (summary,) = self.summaries(batch)
+        logits = self.head(summary)
+        return Output(logits=logits, modality_logits={self.modality: logits})
+
+    def summaries(
+        self,
+        batch: Batch,
+        tokens: Tensor | None = None,
+        *,
+        tokens_at: int = 0,
+        read_from: Sequence[int] = (0,),
+    ) -> list[Tensor]:
+        """(B, D) per block in ``read_from``: the mean over each sample's images.
+
+        Args:
+            batch: Only images that are present pass through the ViT.
+            tokens: (B, n, D), given to every image of their sample.
+            tokens_at, read_from: As in :meth:`ei.models.backbone.Backbone.summaries`.
+
+        Raises:
+            ValueError: a sample has no image of this modality.
+        """
+        present = self._present(batch)
+        images = batch.images[self.modality][present]  # (N, 3, H, W)
+        if tokens is not None:
+            sample_of_image = present.nonzero()[:, 0]  # (N,)
+            tokens = tokens[sample_of_image]
+        by_image = self.backbone.summaries(images, tokens, tokens_at=tokens_at, read_from=read_from)
+        return [mean_over_images(summary, present) for summary in by_image]
+
+    def parts(self) -> dict[str, list[nn.Module]]:
+        """The readable parts that parameters are counted by."""
+        return {"ViT": [self.backbone], "heads": [self.head]}
+
+    def _present(self, batch: Batch) -> Tensor:
+        if self.modality not in batch.images:
+            raise ValueError(
+                f"the batch must have images of modality '{self.modality}', it has those of {list(batch.images)}"
+            )
+        present = batch.present[self.modality]
+        empty = (~present.any(1)).nonzero()[:, 0].tolist()
+        if empty:
+            names = ", ".join(batch.ids[row] if batch.ids else f"row {row}" for row in empty)
+            raise ValueError(f"every sample must have an image of modality '{self.modality}', these have none: {names}")
+        return present
+
+
+def mean_over_images(values: Tensor, present: Tensor) -> Tensor:
+    """Mean of each sample's images.
+
+    Args:
+        values: (N, D), one row per image that is present, sample after sample.
+        present: (B, I) bool with N times True.
+
+    Returns:
+        (B, D).
+
+    >>> import torch
+    >>> mean_over_images(torch.tensor([[1.0], [3.0], [5.0]]), torch.tensor([[True, True], [True, False]]))
+    tensor([[2.],
+            [5.]])
+    """
+    padded = values.new_zeros(*present.shape, values.shape[-1])
+    padded[present] = values
+    return padded.sum(1) / present.sum(1, keepdim=True)

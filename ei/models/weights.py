@@ -1,0 +1,87 @@
+"""Weights on disk: reading a file without running code from it, and saying how tensors do not fit a model."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
+from torch.torch_version import TorchVersion
+
+# Checkpoints of training scripts keep the weights under one of these, beside an optimiser's state and the like.
+WRAPPERS = ("state_dict", "model")
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The named tensors of a .safetensors, .pth or .pt file, on the CPU.
+
+    Args:
+        path: A file with a mapping of names to tensors, bare or under 'state_dict' or 'model'.
+
+    Raises:
+        ValueError: the file is missing, damaged, of another kind, or would have to be unpickled by a torch
+            before 2.10, whose restricted unpickler can be made to run code (CVE-2026-24747).
+
+    >>> safetensors.torch.save_file({"weight": torch.ones(2)}, path)  # doctest: +SKIP
+    >>> read_weights(path)  # doctest: +SKIP
+    {'weight': tensor([1., 1.])}
+    """
+    path = Path(path)
+    if path.suffix not in (".safetensors", ".pth", ".pt"):
+        raise ValueError(f"weights must be a .safetensors, .pth or .pt file, got {path}")
+    if path.suffix != ".safetensors" and TorchVersion(torch.__version__) < "2.10":
+        raise ValueError(
+            f"weights in {path.suffix} files are read only with torch >= 2.10, because older ones can be made"
+            f" to run code from them, but this is torch {torch.__version__}; convert {path} to .safetensors"
+        )
+    if not path.is_file():
+        raise ValueError(f"weights must be a file, but there is none at {path}")
+    try:
+        content = _read_tensors(path)
+    except Exception as error:  # unpickling a damaged or foreign file can raise nearly anything
+        raise ValueError(f"cannot read weights from {path}: the file is damaged or of another kind") from error
+    return _named_tensors(path, content)
+
+
+def misfit(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
+    """How the names and shapes of ``given`` differ from those of ``expected``; empty if they do not.
+
+    >>> misfit({"a": torch.ones(2), "b": torch.ones(1)}, {"a": torch.ones(3), "c": torch.ones(1)})
+    'missing: b; unexpected: c; of another shape: a (3,) where (2,) is expected'
+    """
+    reshaped = [
+        f"{name} {tuple(given[name].shape)} where {tuple(tensor.shape)} is expected"
+        for name, tensor in expected.items()
+        if name in given and given[name].shape != tensor.shape
+    ]
+    differences = {
+        "missing": [name for name in expected if name not in given],
+        "unexpected": [name for name in given if name not in expected],
+        "of another shape": reshaped,
+    }
+    return "; ".join(f"{kind}: {_listed(names)}" for kind, names in differences.items() if names)
+
+
+def _read_tensors(path: Path) -> object:
+    if path.suffix == ".safetensors":
+        return safetensors.torch.load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _named_tensors(path: Path, content: object) -> dict[str, Tensor]:
+    while isinstance(content, dict):
+        if content and all(isinstance(value, Tensor) for value in content.values()):
+            return content
+        inner = [content[wrapper] for wrapper in WRAPPERS if isinstance(content.get(wrapper), dict)]
+        if len(inner) != 1:
+            break
+        content = inner[0]
+    raise ValueError(
+        f"cannot use {path} as weights: it must hold one mapping of names to tensors,"
+        f" bare or under {' or '.join(map(repr, WRAPPERS))}"
+    )
+
+
+def _listed(names: list[str], most: int = 8) -> str:
+    more = [f"... ({len(names)} in all)"] if len(names) > most else []
+    return ", ".join(names[:most] + more)

@@ -1,0 +1,342 @@
+"""Rows as samples: what is read, that chance depends on (seed, epoch, id) alone, and the order of an epoch."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from ei.config import DataConfig
+from ei.data.dataset import (
+    Draw,
+    EpochSampler,
+    ManifestDataset,
+    central_slices,
+    epoch_order,
+    random_slices,
+)
+from ei.data.images import ImageError
+from ei.data.manifest import Row
+from ei.data.sample import Batch, Sample, collate
+from ei.data.transforms import evaluation_transform
+
+CONFIG = DataConfig(modalities=("cfp", "oct"), image_size=16, slices=4)
+# An image comes out as it is on disk, so that a value tells which file or slice it was.
+BARE = replace(CONFIG, image_size=2, mean=(0, 0, 0), std=(1, 1, 1), rotation=0, crop=0, flip=0, jitter=0)
+
+
+def row(number: int, label: int | tuple[int, ...] | None = 0, **images: Sequence[Path]) -> Row:
+    files = {modality: tuple(paths) for modality, paths in images.items()}
+    return Row(number=number, id=f"id{number}", patient=f"p{number}", split="train", label=label, images=files)
+
+
+def labelled(*labels: int | tuple[int, ...]) -> list[Row]:
+    return [row(number, label) for number, label in enumerate(labels)]
+
+
+def grey(path: Path, level: int, size: tuple[int, int] = (2, 2)) -> Path:
+    Image.new("L", size, level).save(path)
+    return path
+
+
+def volume(path: Path, count: int) -> Path:
+    """Slice k has the level k."""
+    np.save(path, np.arange(count, dtype=np.uint8)[:, None, None].repeat(4, 1).repeat(5, 2))
+    return path
+
+
+def dataset(rows: Sequence[Row], config: DataConfig = BARE, *, train: bool = False, seed: int = 0) -> ManifestDataset:
+    return ManifestDataset(rows, config, multi_label=False, classes=("x", "y"), train=train, seed=seed)
+
+
+def levels(sample: Sample, modality: str) -> list[int]:
+    return sample.images[modality].mul(255).round()[:, 0, 0, 0].int().tolist()
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> list[Row]:
+    """Six rows: cfp is one photo of noise; oct is a volume of 17 slices or three photos by turns."""
+    noise = np.random.default_rng(0)
+    found = []
+    for number in range(6):
+        photos = [tmp_path / f"{number}_{k}.png" for k in range(4)]
+        for photo in photos:
+            Image.fromarray(noise.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(photo)
+        octs = photos[1:] if number % 2 else [volume(tmp_path / f"{number}.npy", 17)]
+        found.append(row(number, number % 2, cfp=photos[:1], oct=octs))
+    return found
+
+
+# What a sample is
+
+
+def test_evaluation_is_the_files_resized_and_normalised(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    config = replace(CONFIG, modalities=("cfp",))
+    sample = dataset([row(0, 1, cfp=[tmp_path / "a.png"])], config)[0]
+    image = torch.from_numpy(pixels).permute(2, 0, 1) / 255
+    torch.testing.assert_close(sample.images["cfp"], evaluation_transform(config)(image)[None])
+    assert sample.id == "id0"
+
+
+def test_labels_are_integers_or_flags(tmp_path: Path) -> None:
+    photo = grey(tmp_path / "a.png", 7)
+    single = dataset([row(0, 1, cfp=[photo], oct=[photo])])[0].label
+    several = ManifestDataset(
+        [row(0, (0, 1, 1), cfp=[photo], oct=[photo])], BARE, multi_label=True, classes="abc", train=False, seed=0
+    )[0].label
+    absent = dataset([row(0, None, cfp=[photo], oct=[photo])])[0].label
+    assert single is not None and several is not None and absent is None
+    assert (single.shape, single.dtype, single.item()) == ((), torch.int64, 1)
+    assert (several.dtype, several.tolist()) == (torch.float32, [0, 1, 1])
+
+
+def test_only_the_modalities_of_the_configuration_are_read(tmp_path: Path) -> None:
+    photo = grey(tmp_path / "a.png", 7)
+    sample = dataset([row(0, cfp=[photo], oct=[tmp_path / "absent.png"])], replace(BARE, modalities=("cfp",)))[0]
+    assert list(sample.images) == ["cfp"]
+
+
+def test_mean_keeps_every_file_in_order(tmp_path: Path) -> None:
+    photos = [grey(tmp_path / f"{level}.png", level, (2 + level, 3)) for level in (10, 20, 30)]
+    for train in (False, True):
+        sample = dataset([row(0, cfp=photos[:1], oct=photos)], train=train)[0]
+        assert levels(sample, "oct") == [10, 20, 30]
+        assert sample.images["oct"].shape == (3, 3, 2, 2)
+
+
+def test_one_takes_the_first_at_evaluation_and_each_by_chance_in_training(tmp_path: Path) -> None:
+    photos = [grey(tmp_path / f"{level}.png", level) for level in (10, 20, 30)]
+    config = replace(BARE, images="one", modalities=("oct",))
+    one_row = [row(0, oct=photos)]
+    evaluation, training = dataset(one_row, config), dataset(one_row, config, train=True)
+    assert [levels(evaluation[Draw(0, epoch)], "oct") for epoch in range(5)] == [[10]] * 5
+    drawn = Counter(levels(training[Draw(0, epoch)], "oct")[0] for epoch in range(60))
+    assert set(drawn) == {10, 20, 30}
+    assert min(drawn.values()) > 8
+
+
+@pytest.mark.parametrize(("count", "central"), [(1, [0]), (2, [0, 0, 0, 0]), (3, [0, 0, 1, 1]), (17, [2, 6, 10, 14])])
+@pytest.mark.parametrize("images", ["mean", "one"])
+def test_a_volume_gives_slices(tmp_path: Path, count: int, central: list[int], images: Literal["mean", "one"]) -> None:
+    config = replace(BARE, modalities=("oct",), images=images)
+    one_row = [row(0, oct=[volume(tmp_path / "a.npy", count)])]
+    assert levels(dataset(one_row, config)[0], "oct") == central
+    training = dataset(one_row, config, train=True)
+    seen = [levels(training[Draw(0, epoch)], "oct") for epoch in range(80)]
+    assert {len(slices) for slices in seen} == {len(central)}
+    if count == 17:
+        quarters = [{slices[k] for slices in seen} for k in range(4)]
+        assert quarters == [{0, 1, 2, 3}, {4, 5, 6, 7}, {8, 9, 10, 11}, {12, 13, 14, 15, 16}]
+
+
+def test_files_and_slices_add_up(tmp_path: Path) -> None:
+    files = [volume(tmp_path / "a.npy", 17), grey(tmp_path / "b.png", 99), volume(tmp_path / "c.npy", 3)]
+    sample = dataset([row(0, oct=files)], replace(BARE, modalities=("oct",)))[0]
+    assert levels(sample, "oct") == [2, 6, 10, 14, 99, 0, 0, 1, 1]
+
+
+def test_each_image_of_a_sample_is_augmented_on_its_own(tmp_path: Path) -> None:
+    ramp = tmp_path / "ramp.png"
+    Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).save(ramp)
+    sample = dataset([row(0, cfp=[ramp], oct=[ramp, ramp])], CONFIG, train=True)[0]
+    first, second = sample.images["oct"]
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, sample.images["cfp"][0])
+
+
+def test_a_file_that_vanished_is_an_error_in_a_worker_too(tmp_path: Path) -> None:
+    photo = grey(tmp_path / "a.png", 7)
+    data = dataset([row(0, cfp=[photo], oct=[tmp_path / "gone.png"]), row(1, cfp=[photo], oct=[photo])])
+    for workers in (0, 1):
+        batches = iter(DataLoader(data, collate_fn=collate, num_workers=workers))
+        with pytest.raises(ImageError, match=r"gone\.png: does not exist"):
+            next(batches)
+        # To the end, which stops the worker at once; left to the garbage collector it takes five seconds.
+        assert [batch.ids for batch in batches] == [["id1"]]
+
+
+@pytest.mark.parametrize("wanted", range(1, 8))
+@pytest.mark.parametrize("count", [*range(1, 18), 61, 200])
+def test_slices_lie_within_their_part_of_the_volume(count: int, wanted: int) -> None:
+    torch.manual_seed(0)
+    central, drawn = central_slices(count, wanted), random_slices(count, wanted)
+    assert central == [math.floor(Fraction(2 * k + 1, 2) * (count - 1) / wanted) for k in range(wanted)]
+    assert len(drawn) == wanted
+    for k, index in enumerate(drawn):
+        first = k * count // wanted
+        assert first <= index <= max(first, (k + 1) * count // wanted - 1) < count
+
+
+# Chance
+
+
+def loaded(
+    rows: Sequence[Row], workers: int, *, epochs: Sequence[int] = (0, 1), seed: int = 0, batch_size: int = 4
+) -> list[Batch]:
+    sampler = EpochSampler(rows, seed=seed, balance=True)
+    loader: DataLoader[Sample] = DataLoader(
+        dataset(rows, CONFIG, train=True, seed=seed),
+        batch_size=batch_size,
+        sampler=sampler,
+        collate_fn=collate,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+    )
+    batches: list[Batch] = []
+    for epoch in epochs:
+        sampler.set_epoch(epoch)
+        batches += loader
+    return batches
+
+
+def same(first: Batch, second: Batch) -> bool:
+    return first.ids == second.ids and all(
+        torch.equal(first.images[modality], second.images[modality]) for modality in first.images
+    )
+
+
+def test_the_number_of_workers_changes_nothing_even_when_they_outlive_an_epoch(rows: list[Row]) -> None:
+    alone, shared = loaded(rows, 0), loaded(rows, 2)
+    assert len(alone) == len(shared) == 4
+    assert all(same(one, other) for one, other in zip(alone, shared, strict=True))
+
+
+def test_epochs_can_be_had_in_any_order(rows: list[Row]) -> None:
+    forward, second_only = loaded(rows, 0), loaded(rows, 0, epochs=[1])
+    assert all(same(one, other) for one, other in zip(forward[2:], second_only, strict=True))
+
+
+def test_what_a_sample_looks_like_depends_on_seed_epoch_id_and_repeat(rows: list[Row]) -> None:
+    data = dataset(rows, CONFIG, train=True)
+    image = data[Draw(0, epoch=3)].images["cfp"]
+    data[1]
+    torch.manual_seed(5)
+    assert torch.equal(image, data[Draw(0, epoch=3)].images["cfp"])
+    moved = dataset(rows[::-1], CONFIG, train=True)
+    assert torch.equal(image, moved[Draw(len(rows) - 1, epoch=3)].images["cfp"])
+    others = [
+        data[Draw(0, epoch=2)],
+        data[Draw(0, epoch=3, repeat=1)],
+        dataset(rows, CONFIG, train=True, seed=1)[Draw(0, epoch=3)],
+        dataset([replace(rows[0], id="other")], CONFIG, train=True)[Draw(0, epoch=3)],
+    ]
+    assert not any(torch.equal(image, other.images["cfp"]) for other in others)
+
+
+def test_a_modality_looks_the_same_with_and_without_the_others(rows: list[Row]) -> None:
+    both = dataset(rows, CONFIG, train=True)[0].images["oct"]
+    alone = dataset(rows, replace(CONFIG, modalities=("oct",)), train=True)[0].images["oct"]
+    assert torch.equal(both, alone)
+
+
+def test_a_plain_index_is_the_first_epoch(rows: list[Row]) -> None:
+    data = dataset(rows, CONFIG, train=True)
+    assert torch.equal(data[2].images["cfp"], data[Draw(2)].images["cfp"])
+    assert [dataset(rows, CONFIG)[k].id for k in range(6)] == [f"id{k}" for k in range(6)]
+
+
+def test_loading_leaves_every_generator_as_it_was(rows: list[Row], monkeypatch: pytest.MonkeyPatch) -> None:
+    data = dataset(rows, CONFIG, train=True)
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    before = torch.random.get_rng_state()
+    data[0]
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert not seeded, "a GPU's generator was seeded, which would repeat the dropout of the model"
+
+
+# The order of an epoch
+
+
+def test_an_epoch_holds_every_row_once_in_an_order_of_its_own() -> None:
+    table = labelled(*[0, 1] * 20)
+    orders = [[draw.row for draw in epoch_order(table, seed=0, epoch=epoch)] for epoch in range(3)]
+    assert all(sorted(order) == list(range(40)) for order in orders)
+    assert orders[0] != orders[1] != orders[2] != list(range(40))
+    assert orders[1] == [draw.row for draw in epoch_order(table, seed=0, epoch=1)]
+    assert orders[1] != [draw.row for draw in epoch_order(table, seed=1, epoch=1)]
+
+
+def test_draws_carry_their_epoch_and_count_repeats() -> None:
+    draws = epoch_order(labelled(0, 0, 0, 1), seed=0, epoch=5, balance=True)
+    assert {draw.epoch for draw in draws} == {5}
+    assert sorted(draw for draw in draws if draw.row == 3) == [(3, 5, 0), (3, 5, 1), (3, 5, 2)]
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+@pytest.mark.parametrize("counts", [[5], [3, 3], [9, 1], [7, 3, 2], [0, 4, 0, 9], [1, 8, 5, 3, 9]])
+def test_balanced_classes_are_equally_frequent_and_use_every_row(counts: list[int], epoch: int) -> None:
+    table = labelled(*[label for label, count in enumerate(counts) for _ in range(count)])
+    drawn = Counter(draw.row for draw in epoch_order(table, seed=0, epoch=epoch, balance=True))
+    per_class = Counter[int]()
+    for row_index, copies in drawn.items():
+        label = table[row_index].label
+        assert isinstance(label, int)
+        per_class[label] += copies
+    assert set(drawn) == set(range(len(table)))
+    assert set(per_class.values()) == {max(counts)}
+    for label in per_class:
+        copies_of = [drawn[index] for index, one in enumerate(table) if one.label == label]
+        assert max(copies_of) - min(copies_of) <= 1
+
+
+def test_which_rows_are_repeated_once_more_changes_with_the_epoch() -> None:
+    table = labelled(*[0] * 30, *[1] * 20)
+    extra = [
+        frozenset(draw.row for draw in epoch_order(table, seed=0, epoch=epoch, balance=True) if draw.repeat)
+        for epoch in range(3)
+    ]
+    assert {len(rows) for rows in extra} == {10}
+    assert len(set(extra)) == 3
+
+
+def test_rows_with_several_labels_are_repeated_for_the_rarest() -> None:
+    # Counts: label 0 has 12, label 1 has 4, label 2 has 2.
+    table = labelled(*[(1, 0, 0)] * 8, *[(1, 1, 0)] * 3, (1, 1, 1), (0, 0, 1), *[(0, 0, 0)] * 5)
+    draws = epoch_order(table, seed=0, epoch=0, balance=True)
+    copies = Counter(draw.row for draw in draws)
+    assert [copies[index] for index in range(8)] == [1] * 8
+    assert [copies[index] for index in range(8, 11)] == [3] * 3
+    assert [copies[index] for index in (11, 12)] == [6, 6]
+    assert [copies[index] for index in range(13, 18)] == [1] * 5
+
+
+def test_the_length_of_an_epoch_is_known_and_constant() -> None:
+    for table in (labelled(0, 0, 0, 0, 1, 1, 1), labelled((1, 0), (1, 1), (1, 0), (0, 0), (1, 0))):
+        sampler = EpochSampler(table, seed=0, balance=True)
+        for epoch in range(4):
+            sampler.set_epoch(epoch)
+            assert len(list(sampler)) == len(sampler)
+            assert list(sampler) == epoch_order(table, seed=0, epoch=epoch, balance=True)
+    assert len(EpochSampler(labelled(0, 0, 0, 0, 1, 1, 1), seed=0, balance=True)) == 8
+    assert len(EpochSampler(labelled(0, 0, 0, 1), seed=0)) == 4
+
+
+def test_balance_needs_labels() -> None:
+    with pytest.raises(ValueError, match="balance needs labels, but row 7 has none"):
+        EpochSampler([row(7, None)], seed=0, balance=True)
+
+
+@pytest.mark.parametrize(
+    ("table", "multi_label", "message"),
+    [
+        ([row(0, 0), row(1, None)], False, "must all have a label, or none; 1 of 2 have one"),
+        ([row(0, 0)], True, "multi_label is True, which does not fit the label 0"),
+        ([row(0, (0, 1))], False, r"multi_label is False, which does not fit the label \(0, 1\)"),
+        ([row(0, (0, 1, 1))], True, r"one value for each of 2 classes, got \(0, 1, 1\)"),
+        ([row(0, 2)], False, "labels must be below the number of classes, 2, got 2"),
+    ],
+)
+def test_labels_that_do_not_fit(table: list[Row], multi_label: bool, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ManifestDataset(table, BARE, multi_label=multi_label, classes=("x", "y"), train=False, seed=0)

@@ -1,0 +1,95 @@
+import pytest
+import yaml
+
+from ei.config import Config, DataConfig, ModelConfig, TrainConfig
+
+
+def test_yaml_round_trip(tmp_path):
+    config = Config(
+        data=DataConfig(modalities=("a", "b"), classes=("x", "y"), mean=(0, 0.5, 1)),
+        model=ModelConfig(ranks=(2, 4), alphas=(1.5, 3), adapter="mor"),
+        train=TrainConfig(lr=5e-4, gate_prior="b", stages="2"),
+    )
+    config.save(tmp_path / "config.yaml")
+    assert Config.load(tmp_path / "config.yaml") == config
+
+
+def test_defaults_are_the_papers():
+    train, model = TrainConfig(), ModelConfig()
+    assert (train.optimizer, train.momentum, train.weight_decay, train.batch_size) == ("sgd", 0.95, 1e-4, 8)
+    assert (train.lr_low, train.lr, train.cycle_epochs, train.cycle_decay) == (1e-5, 1e-3, 4, 0.8)
+    assert (train.epochs, train.patience, train.aux_weight, train.gate_weight) == (200, 10, 0.3, 0.1)
+    assert (model.adapter, model.targets, model.int_hidden, model.detach_fusion) == ("mor", ("fc",), 384, True)
+
+
+def test_every_field_is_one_flag():
+    names = [name for section in Config().to_dict().values() for name in section]
+    assert len(names) == len(set(names))
+
+
+def test_what_is_left_out_has_its_default(tmp_path):
+    (tmp_path / "c.yaml").write_text("train:\n  epochs: 3\nmodel:\n")
+    assert Config.load(tmp_path / "c.yaml") == Config(train=TrainConfig(epochs=3))
+
+
+def test_yaml_spellings_of_numbers_and_lists(tmp_path):
+    (tmp_path / "c.yaml").write_text("train: {lr: 1e-4, stages: 2}\ndata: {modalities: 'a,b'}\nmodel: {ranks: [4]}\n")
+    config = Config.load(tmp_path / "c.yaml")
+    assert (config.train.lr, config.train.stages) == (1e-4, "2")
+    assert (config.data.modalities, config.model.ranks) == (("a", "b"), (4,))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("training: {}", "unknown section: training; known are data, model, train"),
+        ("train: {epoch: 3}", "unknown field of section 'train': epoch; known are optimizer,"),
+        ("train: {epochs: many}", "epochs must be of the kind of 200, got 'many'"),
+        ("train: {epochs: 2.5}", "epochs must be of the kind of 200"),
+        ("train: {lr: fast}", "could not convert"),
+        ("model: {bypass: 1}", "bypass must be of the kind of True, got 1"),
+        ("model: {ranks: 4}", "ranks must be a list, got 4"),
+        ("model: {adapter: dora}", "adapter must be one of mor, lora, loramoe, frozen, full, got 'dora'"),
+        ("data: [a]", "section 'data' must hold"),
+        ("- a", "must hold the sections"),
+        ("a: b: c", "mapping values are not allowed"),
+    ],
+)
+def test_faults_of_a_file_are_named(tmp_path, text, message):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        Config.load(path)
+    assert str(path) in str(error.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match="none.yaml"):
+        Config.load(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "message"),
+    [
+        (DataConfig, {"modalities": ("a", "a")}, "modalities must be without repetition"),
+        (DataConfig, {"modalities": ("fused", "a")}, "modalities must be called other than"),
+        (DataConfig, {"modalities": (".hidden",)}, "modalities must be called other than"),
+        (DataConfig, {"std": (1, 1, 0)}, "std must be three positive numbers"),
+        (DataConfig, {"slices": 0}, "slices must be at least 1"),
+        (DataConfig, {"crop": 0.5}, "crop must be"),
+        (ModelConfig, {"fusion": "early"}, "fusion must be 'ei' or 'late', got 'early'"),
+        (ModelConfig, {"int_at": -1}, "int_at must be at least 0"),
+        (TrainConfig, {"lr": 0}, "lr must be positive"),
+        (TrainConfig, {"lr": 1e-6}, "lr_low must be positive and at most lr"),
+        (TrainConfig, {"batch_size": 0}, "batch_size must be at least 1"),
+        (TrainConfig, {"momentum": 1}, "momentum must be"),
+    ],
+)
+def test_values_that_make_no_sense(kind, fields, message):
+    with pytest.raises(ValueError, match=message):
+        kind(**fields)
+
+
+def test_saved_files_are_plain_yaml(tmp_path):
+    Config().save(tmp_path / "c.yaml")
+    assert list(yaml.safe_load((tmp_path / "c.yaml").read_text())) == ["data", "model", "train"]

@@ -1,0 +1,104 @@
+"""The loss against its formula, on numbers that a reader can check."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ei.losses import classification_loss, gate_loss, loss_terms
+from ei.models.output import Output
+
+WEIGHTS = {"aux_weight": 0.3, "gate_weight": 0.1}
+
+
+@pytest.fixture
+def output() -> Output:
+    def logits() -> torch.Tensor:
+        return torch.randn(5, 3, requires_grad=True)
+
+    return Output(
+        logits=logits(),
+        modality_logits={"a": logits(), "b": logits()},
+        aux_logits={"a": logits(), "b": logits()},
+        modality_weights=torch.rand(5, 2).softmax(1),
+    )
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_the_whole_loss(output: Output, several: bool) -> None:
+    labels = torch.randint(0, 2, (5, 3)).float() if several else torch.tensor([0, 1, 2, 0, 1])
+    ce = F.binary_cross_entropy_with_logits if several else F.cross_entropy
+    terms = loss_terms(output, labels, gate_prior=1, **WEIGHTS)
+    assert list(terms) == ["fused", "modality", "auxiliary", "gate", "total"]
+    a, b = output.modality_logits.values()
+    aux_a, aux_b = output.aux_logits.values()
+    torch.testing.assert_close(terms["fused"], ce(output.logits, labels))
+    torch.testing.assert_close(terms["modality"], ce(a, labels) + ce(b, labels))
+    torch.testing.assert_close(terms["auxiliary"], ce(aux_a, labels) + ce(aux_b, labels))
+    torch.testing.assert_close(terms["gate"], -output.modality_weights[:, 1].log().mean())
+    total = terms["fused"] + terms["modality"] + 0.3 * terms["auxiliary"] + 0.1 * terms["gate"]
+    torch.testing.assert_close(terms["total"], total)
+
+
+def test_a_perfect_gate_costs_nothing(output: Output) -> None:
+    assert float(gate_loss(torch.tensor([[0.0, 1.0]]), 1)) == 0.0
+
+
+def test_one_modality_counts_once() -> None:
+    logits, labels = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    terms = loss_terms(Output(logits, {"oct": logits}), labels, gate_prior=None, **WEIGHTS)
+    assert list(terms) == ["modality", "total"]
+    torch.testing.assert_close(terms["total"], F.cross_entropy(logits, labels))
+
+
+def test_a_model_without_branches_is_judged_by_its_answer() -> None:
+    logits, labels = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    terms = loss_terms(Output(logits), labels, gate_prior=0, **WEIGHTS)
+    assert list(terms) == ["fused", "total"]
+    torch.testing.assert_close(terms["total"], F.cross_entropy(logits, labels))
+
+
+def test_without_a_prior_there_is_no_gate_term(output: Output) -> None:
+    assert "gate" not in loss_terms(output, torch.zeros(5, dtype=torch.int64), gate_prior=None, **WEIGHTS)
+
+
+def test_bf16_logits_are_computed_in_fp32() -> None:
+    exact = torch.randn(64, 10)
+    rounded, labels = exact.bfloat16(), torch.randint(0, 10, (64,))
+    for target in (labels, F.one_hot(labels, 10).float()):
+        loss = classification_loss(rounded, target)
+        assert loss.dtype == torch.float32
+        torch.testing.assert_close(loss, classification_loss(rounded.float(), target), rtol=0, atol=0)
+
+
+def test_fp64_is_not_narrowed() -> None:
+    logits = torch.zeros(1, 3, dtype=torch.float64)
+    assert float(classification_loss(logits, torch.tensor([0]))) == pytest.approx(math.log(3), abs=1e-15)
+
+
+def test_a_weight_that_underflowed_keeps_the_loss_finite() -> None:
+    logits = torch.tensor([[-200.0, 0.0]], requires_grad=True)
+    weights = logits.softmax(1)
+    assert float(weights[0, 0].detach()) == 0.0
+    loss = gate_loss(weights, 0)
+    loss.backward()
+    assert 87 < float(loss.detach()) < 88 and logits.grad is not None and logits.grad.isfinite().all()
+
+
+def test_the_gate_is_pulled_to_the_prior() -> None:
+    scores = torch.zeros(1, 3, requires_grad=True)
+    gate_loss(scores.softmax(1), 2).backward()
+    torch.testing.assert_close(scores.grad, torch.tensor([[1 / 3, 1 / 3, -2 / 3]]))
+
+
+@pytest.mark.parametrize("prior", [-1, 2])
+def test_a_prior_that_is_no_modality(output: Output, prior: int) -> None:
+    with pytest.raises(ValueError, match=rf"gate_prior must be one of the columns 0\.\.1, got {prior}"):
+        loss_terms(output, torch.zeros(5, dtype=torch.int64), gate_prior=prior, **WEIGHTS)
+
+
+@pytest.mark.parametrize("labels", [torch.zeros(5, 1), torch.zeros(5), torch.zeros(4, dtype=torch.int64)])
+def test_labels_of_another_shape(labels: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"labels must be .* for logits \(5, 3\), got"):
+        classification_loss(torch.zeros(5, 3), labels)

@@ -1,0 +1,402 @@
+"""The report of synthetic run folders: every section there, names escaped, nothing fetched from elsewhere."""
+
+import base64
+import csv
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from ei.config import Config, DataConfig, ModelConfig
+from ei.metrics import summarise
+from ei.report import write_report
+
+SECTIONS = ["results", "decisions", "curves", "training", "weights", "gates", "configuration"]
+HOSTILE = '<script>alert("1")</script> & $x$ 正常'
+CLASSES = ("normal", "dry AMD", "wet AMD")
+DASH = "\N{EN DASH}"
+
+
+class Page(HTMLParser):
+    """Tags, pictures, and the text of each section of a page; tags that are left open or cross are errors."""
+
+    VOID = ("meta", "img", "br")
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.html = path.read_text(encoding="utf-8")
+        self.tags: list[str] = []
+        self.images: list[dict[str, str]] = []
+        self._text: dict[str, str] = {}
+        self._open: list[str] = []
+        self._section = "head"
+        self.feed(self.html)
+        self.close()
+        assert not self._open
+
+    def handle_starttag(self, tag: str, attrs: list[Any]) -> None:
+        self.tags.append(tag)
+        if tag == "section":
+            self._section = dict(attrs)["id"]
+        if tag == "img":
+            self.images.append(dict(attrs))
+        if tag not in self.VOID:
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+        if tag == "section":
+            self._section = "tail"
+
+    def handle_data(self, data: str) -> None:
+        if self._open and self._open[-1] != "style":
+            self._text[self._section] = self._text.get(self._section, "") + data
+
+    def sections(self) -> list[str]:
+        return [section for section in self._text if section not in ("head", "tail")]
+
+    def text(self, section: str) -> str:
+        return " ".join(self._text[section].split())
+
+    def cells(self, section: str) -> str:
+        """The text with its columns side by side."""
+        return "".join(self._text[section].split())
+
+    def drawings(self) -> list[str]:
+        prefix = "data:image/svg+xml;base64,"
+        assert all(image["src"].startswith(prefix) for image in self.images)
+        return [base64.b64decode(image["src"].removeprefix(prefix)).decode() for image in self.images]
+
+    def drawn_texts(self) -> list[str]:
+        return ["".join(ElementTree.fromstring(drawing).itertext()) for drawing in self.drawings()]
+
+    def alt_of(self, words: str) -> str:
+        (alt,) = [image["alt"] for image in self.images if words in image["alt"]]
+        return alt
+
+
+def make_run(
+    folder: Path,
+    *,
+    classes: tuple[str, ...] = CLASSES,
+    modalities: tuple[str, ...] = ("cfp", "oct"),
+    splits: tuple[str, ...] = ("val", "test"),
+    patients: int = 30,
+    multi_label: bool = False,
+    optional: bool = True,
+) -> Path:
+    """A run folder as training and evaluation leave it; without ``optional``, its required files only."""
+    folder.mkdir(parents=True)
+    data = DataConfig(manifest="data/eyes.csv", modalities=modalities)
+    Config(data=data, model=ModelConfig(backbone="tiny", ranks=(2, 4, 8))).save(folder / "config.yaml")
+    generator = np.random.default_rng(0)
+    results: dict[str, Any] = {}
+    rows: list[dict[str, str]] = []
+    for split in splits:
+        labels = np.eye(len(classes), dtype=int)[generator.integers(0, len(classes), 60)]
+        if multi_label:
+            labels |= generator.random(labels.shape) < 0.2
+        names = [f"patient {row % patients}" for row in range(60)]
+        summaries = []
+        for skill in (2.5, *np.linspace(1, 1.5, len(modalities))):
+            logits = skill * labels + generator.normal(size=labels.shape) - 0.5 * multi_label
+            target = labels if multi_label else labels.argmax(axis=1)
+            summaries.append(summarise(logits, target, names, classes, multi_label=multi_label, bootstrap=50))
+        results[split] = {
+            "fused": summaries[0],
+            "modalities": dict(zip(modalities, summaries[1:], strict=True)),
+        }
+        for row, (patient, flags) in enumerate(zip(names, labels, strict=True)):
+            weights = generator.dirichlet(3 + 3 * np.arange(len(modalities)))
+            label = ";".join(name for name, flag in zip(classes, flags, strict=True) if flag)
+            record = {"id": f"{split}{row}", "patient": patient, "split": split, "label": label}
+            record |= {f"fused:{name}": "0.5" for name in classes}
+            rows.append(record | {f"weight:{n}": str(w) for n, w in zip(modalities, weights, strict=True)})
+    metrics = {"classes": classes, "modalities": modalities, "multi_label": multi_label, "splits": results}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    if optional:
+        write_optional_files(folder, modalities, rows)
+    return folder
+
+
+def write_optional_files(folder: Path, modalities: tuple[str, ...], rows: list[dict[str, str]]) -> None:
+    with open(folder / "predictions.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    for stage in [*(f"stage1/{quote(name, safe=' ')}" for name in modalities), "stage2"]:
+        (folder / stage).mkdir(parents=True)
+        lines = [json.dumps(record) + "\n" for record in epochs(stage)]
+        (folder / stage / "metrics.jsonl").write_text("".join(lines))
+    blocks = [f"blocks.{block}.mlp.{layer}" for block in range(2) for layer in ("fc1", "fc2")]
+    parts = [f"{role}/{name}" for role in ("primary", "auxiliary") for name in modalities]
+    gates = {part: [gate_record(layer) for layer in blocks] for part in parts}
+    (folder / "gates.json").write_text(json.dumps(gates))
+
+
+def epochs(stage: str) -> list[dict[str, Any]]:
+    terms = ("total", "fused", "modality", "auxiliary", "gate") if stage == "stage2" else ("total", "modality")
+    return [
+        {
+            "epoch": epoch,
+            "step": 10 * epoch,
+            "lr": 1e-3,
+            "loss": {name: 0.8**epoch / (index + 1) for index, name in enumerate(terms)} if epoch else None,
+            "val": {
+                name: 1 - (0.8 - 0.1 * index) * 0.8**epoch
+                for index, name in enumerate(("mAP", "mAUC", "mS2", "accuracy"))
+            },
+            "images_per_second": 100.0,
+            "seconds": 1.0,
+        }
+        for epoch in range(8)
+    ]
+
+
+def gate_record(layer: str) -> dict[str, Any]:
+    *gates, bypass = np.random.default_rng(len(layer) + int(layer[-1])).dirichlet([1, 1, 2, 4]).tolist()
+    return {"layer": layer, "gates": gates, "bypass": bypass, "entropy": 1.125, "effective_rank": 3.375}
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete run with its report; tests only read it."""
+    run = make_run(tmp_path_factory.mktemp("runs") / "eyes")
+    write_report(run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def page(reported: Path) -> Page:
+    return Page(reported / "report.html")
+
+
+@pytest.fixture
+def run(reported: Path, tmp_path: Path) -> Path:
+    """A copy of that run, without its report, to change."""
+    copy = shutil.copytree(reported, tmp_path / "eyes")
+    (copy / "report.html").unlink()
+    return copy
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """A run with few classes and the required files only, quick to draw."""
+    return make_run(tmp_path / "small", classes=("a", "b"), splits=("test",), optional=False)
+
+
+def change_metrics(run: Path, **changes: Any) -> None:
+    metrics = json.loads((run / "metrics.json").read_text())
+    (run / "metrics.json").write_text(json.dumps(metrics | changes))
+
+
+def test_every_section_is_there_with_its_pictures(page: Page) -> None:
+    assert page.sections() == SECTIONS
+    matrices, curves, training, weights, gates = 2, 2 * 3, 2 * 3, 2, 4
+    assert len(page.drawn_texts()) == matrices + curves + training + weights + gates
+    assert all(len(image["alt"]) > 40 for image in page.images)
+    assert not re.search(r"has no |No \w+ w(as|ere) recorded", page.html)
+
+
+def test_headline_and_tables_show_the_figures(reported: Path, page: Page) -> None:
+    def cells(figures: list[dict[str, float]]) -> str:
+        return "".join(f"{f['value']:.3f}{f['low']:.3f}{DASH}{f['high']:.3f}" for f in figures)
+
+    results = json.loads((reported / "metrics.json").read_text())["splits"]
+    for measured in results.values():
+        for source, summary in {"fused": measured["fused"], **measured["modalities"]}.items():
+            assert source + cells(list(summary["overall"].values())) in page.cells("results")
+        for name, entry in measured["fused"]["per_class"].items():
+            others = [summary["per_class"][name]["AP"] for summary in measured["modalities"].values()]
+            row = f"{name.replace(' ', '')}{entry['positives']}"
+            assert row + cells([entry["AP"], entry["AUC"], entry["S2"], *others]) in page.cells("results")
+    headline = results["test"]["fused"]["overall"]["mAP"]
+    interval = f"{headline['low']:.3f}{DASH}{headline['high']:.3f}"
+    assert f"mAP, fused {headline['value']:.3f} 95 %: {interval}" in page.text("head")
+    assert page.text("results").startswith("Results test: 60 samples, 30 patients")
+    assert "on average 0.33 here" in page.text("head")
+
+
+def test_the_configuration_is_shown(page: Page) -> None:
+    for setting in ("manifestdata/eyes.csv", "modalitiescfp, oct", "ranks2, 4, 8", "weight_decay0.0001"):
+        assert setting in page.text("configuration")
+    assert f"classes{DASH}" in page.text("configuration")
+
+
+def test_nothing_is_fetched_and_nothing_runs(page: Page) -> None:
+    assert not {"script", "link", "iframe", "object", "base", "form"} & set(page.tags)
+    markup = re.sub(r"base64,[^\"]*", "", page.html)
+    assert not re.search(r"https?:|//[a-z]|@import|url\(|\son\w+=", markup)
+    for drawing in page.drawings():
+        links = re.findall(r"(?:href|src)\s*=\s*[\"']([^\"']*)|url\(([^)]*)\)", drawing)
+        assert all("".join(link).startswith(("#", "data:")) for link in links)
+        assert "<script" not in drawing
+
+
+def test_names_of_users_are_text_and_nothing_else(tmp_path: Path) -> None:
+    image = '"><img src=x onerror=alert(1)>'
+    run = make_run(
+        tmp_path / "a <b>run</b>".replace("/", "\N{DIVISION SLASH}"),
+        classes=(HOSTILE, "it's 50 %", "_b\x07"),
+        modalities=(image, "a/b"),
+        splits=("test",),
+    )
+    page = Page(write_report(run))
+    assert "script" not in page.tags
+    assert page.tags.count("b") == 3  # the numbers of the headline
+    assert len(page.images) == 1 + 6 + 6 + 1 + 4
+    assert all(set(picture) == {"src", "alt"} for picture in page.images)
+    assert "a <b>run<" in page.text("head")
+    for name in (HOSTILE, "it's 50 %", image):
+        assert name in page.text("results")
+    assert f"Stage 1, {image}" in page.text("training") and "Stage 1, a/b" in page.text("training")
+    drawn = page.drawn_texts()
+    assert any("正常" in text and "<script>" in text and "$x$" in text for text in drawn)
+    assert any("_b" in text for text in drawn)
+
+
+def test_what_a_run_lacks_is_said(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", classes=("a", "b"), splits=("val",), patients=3, optional=False)
+    page = Page(write_report(run))
+    assert page.sections() == SECTIONS
+    assert "has no training records" in page.text("training")
+    assert "has no predictions" in page.text("weights")
+    assert "has no record of gates" in page.text("gates")
+    assert "in the val split" in page.text("head")
+    assert "no interval" in page.text("head")
+    assert "No intervals: fewer than 5 patients" in page.text("results")
+    assert "None" not in page.text("results") + page.text("head")
+
+
+def test_records_with_gaps_are_said(small: Path) -> None:
+    without_val = [json.dumps(record | {"val": None}) + "\n" for record in epochs("stage2")]
+    for stage, lines in (("stage1/oct", [json.dumps(epochs("stage1")[0])]), ("stage2", without_val)):
+        (small / stage).mkdir(parents=True)
+        (small / stage / "metrics.jsonl").write_text("".join(lines))
+    (small / "predictions.csv").write_text("id,patient,split,label,fused:a\n1,p,test,a,0.5\n")
+    (small / "gates.json").write_text("{}")
+    page = Page(write_report(small))
+    assert "No validation was recorded" in page.text("training")
+    assert "No losses were recorded" in page.text("training")
+    assert "have no modality weights" in page.text("weights")
+    assert "has no record of gates" in page.text("gates")
+
+
+def test_a_model_without_predictions_per_modality_has_a_report(small: Path) -> None:
+    results = json.loads((small / "metrics.json").read_text())["splits"]["test"]
+    change_metrics(small, splits={"test": results | {"modalities": {}}})
+    page = Page(write_report(small))
+    assert page.html.count("<li>") == 1
+    assert "oct" not in page.text("results")
+
+
+def test_absent_classes_are_named_and_have_no_figures(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", modalities=("oct",), splits=("test",), optional=False)
+    logits, labels, names = np.random.default_rng(0).normal(size=(9, 3)), np.arange(9) % 2, list("abcdefghi")
+    summary = summarise(logits, labels, names, CLASSES, multi_label=False, bootstrap=0)
+    change_metrics(run, splits={"test": {"fused": summary, "modalities": {"oct": summary}}})
+    page = Page(write_report(run))
+    assert "left out of the means: wet AMD." in page.text("results")
+    assert f"wetAMD0{4 * DASH}" in page.cells("results")
+    assert "wet AMD" not in page.text("curves")
+    assert "No intervals: resampling is switched off" in page.text("results")
+
+
+def test_several_labels_have_counts_instead_of_a_confusion_matrix(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", classes=("a", "b;c"), splits=("test",), multi_label=True)
+    page = Page(write_report(run))
+    per_class = json.loads((run / "metrics.json").read_text())["splits"]["test"]["fused"]["per_class"]
+    for name, entry in per_class.items():
+        assert name + "".join(map(str, entry["counts"].values())) in page.cells("decisions")
+    assert not any("Confusion" in image["alt"] for image in page.images)
+    assert f"b;c ({per_class['b;c']['positives']}):" in page.alt_of("Mean modality weights")
+    assert "one per sample and class" in page.text("head")
+
+
+def test_weights_are_means_by_true_class(small: Path) -> None:
+    (small / "predictions.csv").write_text(
+        "id,patient,split,label,weight:cfp,weight:oct\n"
+        "1,p,test,a,0.2,0.8\n2,p,test,a,0.4,0.6\n3,q,test,b,0.9,0.1\n4,q,val,a,0,1\n"
+    )
+    page = Page(write_report(small))
+    alt = page.alt_of("weights on test")
+    assert "all (3): cfp 0.50, oct 0.50; a (2): cfp 0.30, oct 0.70; b (1): cfp 0.90, oct 0.10." in alt
+    assert page.alt_of("weights on val").endswith("all (1): cfp 0.00, oct 1.00; a (1): cfp 0.00, oct 1.00.")
+
+
+def test_gate_maps_show_ranks_bypass_and_means(page: Page) -> None:
+    assert "primary/oct: mean entropy 1.12 nats, mean effective rank 3.38" in page.text("gates")
+    (text,) = [
+        text for text, image in zip(page.drawn_texts(), page.images, strict=True) if "of primary/oct;" in image["alt"]
+    ]
+    for word in ("rank 2", "rank 4", "rank 8", "bypass", "blocks.1.mlp.fc2"):
+        assert word in text
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("metrics.json", None, "cannot read .*metrics.json"),
+        ("config.yaml", None, "cannot read .*config.yaml"),
+        ("config.yaml", "a: [", "config.yaml is not YAML"),
+        ("config.yaml", "just words", "config.yaml must hold sections"),
+        ("metrics.json", "{", "metrics.json is not JSON"),
+        ("metrics.json", b"\xff\xff", "cannot read .*metrics.json"),
+        ("metrics.json", "[]", "metrics.json must hold a JSON object, got list"),
+        ("metrics.json", '{"classes": []}', "metrics.json lacks modalities, multi_label, splits"),
+        ("stage2/metrics.jsonl", '{"epoch": 0, "loss": null, "val": null}\n{"epo', "jsonl, line 2, is not JSON"),
+        ("stage2/metrics.jsonl", '{"epoch": 0}\n', "jsonl, line 1, lacks loss, val"),
+        ("predictions.csv", "id,patient\n1,p\n", "predictions.csv lacks split, label"),
+        ("predictions.csv", 'split,label\ntest,"nor\n', "predictions.csv is not a CSV file"),
+        ("predictions.csv", "split,label\ntest,normal,1\n", "sample 1, must have 2 cells"),
+        ("predictions.csv", "split,label\ntest\n", "sample 1, must have 2 cells"),
+        ("predictions.csv", "split,label\ntest,normal\ntest,odd\n", "sample 2, has a label that is .*'odd'"),
+        ("predictions.csv", "split,label,weight:oct\ntest,normal,x\n", "must have a number as weight:oct"),
+        ("predictions.csv", "split,label,weight:oct\ntest,normal,nan\n", "must have a number as weight:oct"),
+        ("gates.json", '{"primary/oct": [{"layer": "a"}]}', "gates.json, primary/oct lacks gates, bypass"),
+    ],
+)
+def test_damaged_files_are_named(run: Path, file: str, content: str | bytes | None, message: str) -> None:
+    if content is None:
+        (run / file).unlink()
+    elif isinstance(content, bytes):
+        (run / file).write_bytes(content)
+    else:
+        (run / file).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        write_report(run)
+    assert not (run / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        (("per_class",), "oct of val lacks per_class"),
+        (("overall", "mAUC"), "oct of val lacks mAUC"),
+        (("per_class", "normal"), "oct of val lacks normal"),
+        (("per_class", "normal", "counts"), "oct of val, class normal, lacks counts"),
+    ],
+)
+def test_incomplete_metrics_are_named(run: Path, place: tuple[str, ...], message: str) -> None:
+    splits = json.loads((run / "metrics.json").read_text())["splits"]
+    parent = splits["val"]["modalities"]["oct"]
+    for key in place[:-1]:
+        parent = parent[key]
+    del parent[place[-1]]
+    change_metrics(run, splits=splits)
+    with pytest.raises(ValueError, match=f"metrics.json, {message}"):
+        write_report(run)
+
+
+def test_no_torch_is_imported() -> None:
+    code = "import sys, ei.report; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

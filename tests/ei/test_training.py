@@ -1,0 +1,245 @@
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from ei.checkpoint import read_checkpoint
+from ei.config import Config, TrainConfig
+from ei.data.manifest import ManifestError
+from ei.training import TrainingError, cyclic_learning_rate, make_optimizer, train
+
+
+def history(stage) -> list[dict]:
+    return [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_folder_is_complete(finished):
+    files = {str(path.relative_to(finished)) for path in finished.rglob("*") if path.is_file()}
+    stages = ("stage1/cfp", "stage1/oct", "stage2")
+    kept = {f"{stage}/{name}" for stage in stages for name in ("metrics.jsonl", "best.safetensors", "last.safetensors")}
+    results = {"metrics.json", "predictions.csv", "gates.json", "report.html"}
+    assert files == kept | results | {"config.yaml"}
+
+
+def test_history_begins_before_the_first_step(finished):
+    first, second = history(finished / "stage2")
+    assert first["epoch"] == first["step"] == 0 and first["loss"] is None
+    assert set(first["val"]) == {"mAP", "mAUC", "mS2", "accuracy"}
+    assert second["step"] == 2  # 12 samples in batches of 6
+    assert set(second["loss"]) == {"fused", "modality", "auxiliary", "gate", "total"}
+    assert set(history(finished / "stage1/cfp")[1]["loss"]) == {"modality", "total"}
+
+
+def test_the_saved_configuration_is_resolved(finished):
+    config = Config.load(finished / "config.yaml")
+    assert config.data.classes == ("dark", "grey", "light")
+    assert config.data.manifest == str(finished.parent / "study/manifest.csv")
+
+
+def test_checkpoints_hold_trained_parameters_and_nothing_else(finished):
+    parameters = read_checkpoint(finished / "stage2/best.safetensors").parameters
+    assert sum(tensor.numel() for tensor in parameters.values()) == 4 * 40_992 + adapters_and_heads()
+    assert not any(".base." in name or "pos_embed" in name for name in parameters)
+
+
+def adapters_and_heads(width=64, hidden=384, classes=3, modalities=2) -> int:
+    int_adapter = 2 * width + (width + 1) * hidden + (hidden + 1) * width
+    return 2 * int_adapter + 2 * modalities * classes * (width + 1) + modalities * (modalities * width + 1)
+
+
+def test_stage_2_starts_from_stage_1(manifest, tmp_path, study_config):
+    """With steps of next to nothing, stage 2 still has what stage 1 has learned."""
+    run = train(study_config(manifest, lr=1e-12, lr_low=1e-12, weight_decay=0.0), tmp_path / "run")
+    stage1 = read_checkpoint(run / "stage1/oct/best.safetensors").parameters
+    stage2 = read_checkpoint(run / "stage2/best.safetensors").parameters
+    name = "vit.blocks.0.mlp.fc1.mor_A"
+    for role in ("primary", "auxiliary"):
+        torch.testing.assert_close(stage2[f"{role}.modality_oct.backbone.{name}"], stage1[f"backbone.{name}"])
+    torch.testing.assert_close(stage2["auxiliary.modality_oct.head.weight"], stage1["head.weight"])
+    assert not torch.allclose(stage2["primary.modality_oct.head.weight"], stage1["head.weight"])
+
+
+def test_the_same_seed_gives_the_same_weights(manifest, tmp_path, study_config):
+    runs = [
+        train(study_config(manifest, seed=seed, stages="2"), tmp_path / f"run{i}") for i, seed in enumerate((3, 3, 4))
+    ]
+    one, same, other = (read_checkpoint(run / "stage2/last.safetensors").parameters for run in runs)
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_number_of_workers_changes_nothing(manifest, tmp_path, study_config):
+    runs = [
+        train(study_config(manifest, stages="2", workers=workers), tmp_path / f"run{workers}") for workers in (0, 2)
+    ]
+    one, other = (read_checkpoint(run / "stage2/last.safetensors").parameters for run in runs)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_training_learns(manifest, tmp_path, study_config):
+    """Brightness is the class: a few epochs are enough."""
+    config = study_config(manifest, epochs=12, stages="2", lr=5e-3, cycle_epochs=6)
+    run = train(replace(config, data=replace(config.data, jitter=0)), tmp_path / "run")
+    assert json.loads((run / "metrics.json").read_text())["splits"]["test"]["fused"]["overall"]["mAP"]["value"] > 0.8
+
+
+def test_best_is_the_epoch_of_the_best_map(manifest, tmp_path, study_config):
+    run = train(study_config(manifest, epochs=4, stages="2"), tmp_path / "run")
+    scores = [line["val"]["mAP"] for line in history(run / "stage2")]
+    notes = read_checkpoint(run / "stage2/best.safetensors").notes
+    assert notes["epoch"] == int(np.argmax(scores)) and notes["val"]["mAP"] == max(scores)
+    assert read_checkpoint(run / "stage2/last.safetensors").notes["epoch"] == 4
+
+
+def test_stops_when_nothing_gets_better(manifest, tmp_path, study_config):
+    config = study_config(manifest, epochs=50, patience=2, lr=1e-12, lr_low=1e-12, stages="2")
+    assert len(history(train(config, tmp_path / "run") / "stage2")) == 3
+
+
+def without_rows(manifest, *splits):
+    lines = manifest.read_text().splitlines()
+    manifest.write_text("\n".join(line for line in lines if not any(f",{split}," in line for split in splits)))
+    return manifest
+
+
+def test_without_validation_rows_all_epochs_run(manifest, tmp_path, study_config):
+    run = train(study_config(without_rows(manifest, "val"), epochs=3, patience=1, stages="2"), tmp_path / "run")
+    assert [line["val"] for line in history(run / "stage2")] == [None] * 4
+    assert read_checkpoint(run / "stage2/best.safetensors").notes["epoch"] == 3
+    assert list(json.loads((run / "metrics.json").read_text())["splits"]) == ["test"]
+
+
+def test_with_training_rows_alone_there_is_a_model_and_no_metrics(manifest, tmp_path, study_config):
+    run = train(study_config(without_rows(manifest, "val", "test"), stages="2"), tmp_path / "run")
+    assert (run / "stage2/best.safetensors").exists() and not (run / "metrics.json").exists()
+
+
+@pytest.mark.parametrize("adapter", ["lora", "loramoe", "frozen", "full"])
+@pytest.mark.parametrize("fusion", ["ei", "late"])
+def test_ablations_run(manifest, tmp_path, adapter, fusion, study_config):
+    config = study_config(manifest)
+    model = replace(config.model, adapter=adapter, fusion=fusion)
+    assert (train(replace(config, model=model), tmp_path / "run") / "report.html").exists()
+
+
+def test_several_labels_per_sample(manifest, tmp_path, study_config):
+    lines = manifest.read_text().splitlines()
+    flags = {"dark": "0,0", "grey": "1,0", "light": "1,1"}
+    rows = [line.split(",") for line in lines[1:]]
+    text = ["id,split,acl,meniscus,cfp,oct"]
+    text += [f"{i},{split},{flags[label]},{a},{b}" for i, _, split, label, a, b in rows]
+    manifest.write_text("\n".join(text))
+    config = study_config(manifest, stages="2")
+    run = train(replace(config, data=replace(config.data, labels=("acl", "meniscus"))), tmp_path / "run")
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["multi_label"] and metrics["classes"] == ["acl", "meniscus"]
+
+
+def test_the_folder_must_be_new(finished, manifest, study_config):
+    before = (finished / "config.yaml").stat().st_mtime_ns
+    with pytest.raises(ValueError, match="exists and is not an empty folder"):
+        train(study_config(manifest), finished)
+    assert (finished / "config.yaml").stat().st_mtime_ns == before
+
+
+def test_faults_come_before_the_folder(manifest, tmp_path, study_config):
+    config = study_config(manifest)
+    with pytest.raises(ValueError, match="gate_prior must be one of cfp, oct, got 'mri'"):
+        train(replace(config, train=replace(config.train, gate_prior="mri")), tmp_path / "run")
+    with pytest.raises(ValueError, match="device 'gpu'"):
+        train(replace(config, train=replace(config.train, device="gpu")), tmp_path / "run")
+    with pytest.raises(ValueError, match="unknown|timm"):
+        train(replace(config, model=replace(config.model, backbone="resnet_of_dreams")), tmp_path / "run")
+    next(manifest.parent.glob("*.png")).unlink()
+    with pytest.raises(ManifestError, match="row"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+class Poisoned(nn.Module):
+    """Gives NaN, or a finite loss with a gradient that is not."""
+
+    def __init__(self, model, how):
+        super().__init__()
+        self.model, self.how = model, how
+
+    def forward(self, batch):
+        output = self.model(batch)
+        logits = output.logits
+        # The gradient of sqrt is infinite at zero, its value is not.
+        bad = logits * float("nan") if self.how == "loss" else logits + ((logits - logits.detach()) ** 2).sqrt()
+        return replace(output, logits=bad)
+
+
+@pytest.mark.parametrize("how", ["loss", "gradient"])
+def test_nothing_that_is_not_finite_reaches_a_weight(manifest, tmp_path, monkeypatch, how, study_config):
+    import ei.training as training
+
+    seen = []
+
+    def poisoned(*args, **kwargs):
+        seen.append(Poisoned(build(*args, **kwargs), how))
+        return seen[-1]
+
+    build = training.build_model
+    monkeypatch.setattr(training, "build_model", poisoned)
+    monkeypatch.setattr(training.Stage, "_validate", lambda *_: {"mAP": 0.0})
+    config = study_config(manifest, stages="2")
+    config = replace(config, model=replace(config.model, detach_fusion=False))
+    with pytest.raises(TrainingError, match="not finite for the samples train"):
+        train(config, tmp_path / "run")
+    assert all(parameter.isfinite().all() for parameter in seen[0].parameters())
+
+
+def test_a_file_that_vanishes_stops_the_run(manifest, tmp_path, monkeypatch, study_config):
+    """It is not replaced by anything: the error names it."""
+    import ei.training as training
+
+    read = training.read_manifest
+
+    def read_then_lose(*args, **kwargs):
+        table = read(*args, **kwargs)
+        (manifest.parent / "train3_oct.png").unlink()
+        return table
+
+    monkeypatch.setattr(training, "read_manifest", read_then_lose)
+    with pytest.raises(ValueError, match="train3_oct.png"):
+        train(study_config(manifest, stages="2"), tmp_path / "run")
+
+
+def test_sixteen_bit_images_reach_the_model(manifest, tmp_path, study_config):
+    for path in manifest.parent.glob("*.png"):
+        Image.fromarray(np.asarray(Image.open(path)).astype(np.uint16) * 257).save(path)
+    assert (train(study_config(manifest, stages="2"), tmp_path / "run") / "metrics.json").exists()
+
+
+def test_learning_rate_is_torchs_cyclic_one():
+    settings = TrainConfig(lr=1e-3, lr_low=1e-5, cycle_epochs=4, cycle_decay=0.8)
+    steps_per_epoch = 7
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=settings.lr_low)
+    schedule = torch.optim.lr_scheduler.CyclicLR(
+        optimizer,
+        base_lr=settings.lr_low,
+        max_lr=settings.lr,
+        step_size_up=settings.cycle_epochs * steps_per_epoch,
+        scale_fn=lambda cycle: settings.cycle_decay ** (cycle - 1),
+        scale_mode="cycle",
+        cycle_momentum=False,
+    )
+    for step in range(20 * steps_per_epoch):
+        ours = cyclic_learning_rate(step / steps_per_epoch, settings)
+        assert ours == pytest.approx(schedule.get_last_lr()[0], rel=1e-9)
+        optimizer.step()
+        schedule.step()
+
+
+def test_optimisers():
+    parameter = nn.Parameter(torch.zeros(1))
+    sgd = make_optimizer([parameter], TrainConfig())
+    assert isinstance(sgd, torch.optim.SGD)
+    assert (sgd.param_groups[0]["momentum"], sgd.param_groups[0]["weight_decay"]) == (0.95, 1e-4)
+    assert isinstance(make_optimizer([parameter], TrainConfig(optimizer="adamw")), torch.optim.AdamW)
