@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
@@ -190,7 +190,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 
 
 def _parse(kind: type[Command], name: str, words: Sequence[str], default: Command | None = None) -> Command:
-    given = {} if default is None else {"default": default}
+    given: dict[str, Any] = {} if default is None else {"default": default}
     return tyro.cli(kind, prog=f"ei {name}", args=list(words), config=(tyro.conf.OmitArgPrefixes,), **given)
 
 

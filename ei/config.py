@@ -78,9 +78,7 @@ class DataConfig:
         for modality in self.modalities:
             # Folders and columns of results are named after modalities.
             usable = not modality.startswith(".") and modality not in ("fused", "weight")
-            _require(
-                usable, "modalities", "called other than fused, weight, or with a dot first", modality
-            )
+            _require(usable, "modalities", "called other than fused, weight, or with a dot first", modality)
 
     @property
     def multi_label(self) -> bool:
@@ -162,6 +160,8 @@ class TrainConfig:
     """That modality; empty: the one whose stage-1 model has the best mAP on the training rows."""
     stages: Literal["both", "2"] = "both"
     """'both': first each modality alone, then together; '2': together at once, from the backbone."""
+    stage1_from: str = ""
+    """A run on the same data whose stage 1 is taken over instead of being trained again."""
     bootstrap: int = 1000
     """Resamplings of the patients for the 95 % intervals; 0: none."""
     seed: int = 0
@@ -187,6 +187,7 @@ class TrainConfig:
         _require(self.gate_weight >= 0, "gate_weight", "at least 0", self.gate_weight)
         _require(self.bootstrap >= 0, "bootstrap", "at least 0", self.bootstrap)
         _require(self.workers >= 0, "workers", "at least 0", self.workers)
+        _require(not (self.stage1_from and self.stages == "2"), "stages", "'both' with stage1_from", self.stages)
 
 
 @dataclass(frozen=True, kw_only=True)

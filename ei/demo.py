@@ -57,12 +57,15 @@ def run_demo(out: Path, seed: int = 0) -> dict[str, Any]:
     say(f"It tells the ten digits apart with an accuracy of {accuracy:.3f} on digits that it has not seen.\n")
 
     config = demo_config(manifest, weights, seed)
-    results = {}
-    late = replace(config, model=replace(config.model, fusion="late"))
-    for name, folder, settings in (("without INT", "late", late), ("with INT", "ei", config)):
-        say(f"Training {name}.")
-        results[name] = figures(train(settings, out / folder))
-        say()
+    say("Training with INT.")
+    with_int = train(config, out / "ei")
+    say("\nTraining without INT, from the same stage 1.")
+    late = replace(
+        config,
+        model=replace(config.model, fusion="late"),
+        train=replace(config.train, stage1_from=str(with_int)),
+    )
+    results = {"without INT": figures(train(late, out / "late")), "with INT": figures(with_int)}
     seconds = time.perf_counter() - started
     (out / MARKER).write_text(json.dumps({"backbone": accuracy, "seconds": seconds, **results}, indent=1) + "\n")
     for line in comparison(results):

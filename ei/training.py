@@ -3,11 +3,13 @@
 Source: arXiv 2603.17514, section 3.5 (Algorithm 1) and section 4.1.
 """
 
+import hashlib
 import json
 import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ei.checkpoint import read_checkpoint, restore, trained_state, write_checkpoint
+from ei.checkpoint import Checkpoint, read_checkpoint, restore, trained_state, write_checkpoint
 from ei.config import Config, TrainConfig
 from ei.data.loaders import training_loader
 from ei.data.manifest import Manifest, Row, read_manifest
@@ -25,7 +27,7 @@ from ei.losses import loss_terms
 from ei.metrics import summarise
 from ei.models import build_model
 from ei.progress import say, track
-from ei.runs import RunFolder, StageFolder, load_trunk
+from ei.runs import RunFolder, StageFolder, load_trunk, stage1_checkpoint
 from ei.runtime import arithmetic, choose_device, fingerprint, seed_everything
 from mor import trainable_parameters
 
@@ -57,6 +59,7 @@ def train(config: Config, run: str | Path) -> Path:
     trunk = load_trunk(config)
     stage = Stage(config, manifest, device, fingerprint(trunk))
     classes = len(manifest.classes)
+    taken = stage.taken_over()
     folder.path.mkdir(parents=True, exist_ok=True)
     config.save(folder.config)
 
@@ -65,7 +68,11 @@ def train(config: Config, run: str | Path) -> Path:
     for modality in manifest.modalities if config.train.stages == "both" else ():
         seed_everything(config.train.seed)
         model = build_model(config, classes, modality=modality, trunk=trunk).to(device)
-        stage.fit(model, folder.stage1(modality), f"stage 1, {modality}", gate_prior=None)
+        if modality in taken:
+            restore(model, taken[modality].parameters)
+            write_checkpoint(folder.stage1(modality).best, taken[modality].parameters, taken[modality].notes)
+        else:
+            stage.fit(model, folder.stage1(modality), f"stage 1, {modality}", gate_prior=None)
         stage1[modality] = trained_state(model)
         scores[modality] = stage.mean_average_precision(model, manifest.split("train"))
 
@@ -144,6 +151,18 @@ class Stage:
                 break
         restore(model, read_checkpoint(folder.best).parameters)
 
+    def taken_over(self) -> dict[str, Checkpoint]:
+        """Stage 1 of another run, if the configuration names one."""
+        source = self.config.train.stage1_from
+        return {
+            modality: stage1_checkpoint(source, modality, self.config, self.manifest_hash, self.trunk)
+            for modality in (self.manifest.modalities if source else ())
+        }
+
+    @cached_property
+    def manifest_hash(self) -> str:
+        return hashlib.sha256(Path(self.config.data.manifest).read_bytes()).hexdigest()
+
     def mean_average_precision(self, model: nn.Module, rows: Sequence[Row]) -> float:
         """mAP of a model on rows, without augmentation."""
         return self._validate(model, rows)["mAP"]
@@ -186,7 +205,8 @@ class Stage:
 
     def _keep(self, model: nn.Module, folder: StageFolder, record: dict[str, Any], is_best: bool) -> None:
         state = trained_state(model)
-        notes = {"epoch": record["epoch"], "step": record["step"], "val": record["val"], "trunk": self.trunk}
+        notes = {"epoch": record["epoch"], "step": record["step"], "val": record["val"]}
+        notes |= {"trunk": self.trunk, "manifest": self.manifest_hash}
         write_checkpoint(folder.last, state, notes)
         if is_best:
             write_checkpoint(folder.best, state, notes)

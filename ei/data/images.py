@@ -4,21 +4,21 @@ Shapes: S slices (1 for a plain image), H height, W width in pixels.
 
 PNG, JPEG and TIFF are read by Pillow, ``.npy`` files by numpy:
 
-====================  =====================================================================================
-8 bits, 16 bits       divided by 255, 65535; all levels of 16 bits are kept, in colour too
-float                 as it is; every value must be finite and within 0..1
-grey                  repeated to three channels
-palette, CMYK         converted to RGB (colour profiles are not applied)
-transparency          composited on black, like the corners that a rotation uncovers: what was hidden is 0
-EXIF orientation      applied
-TIFF of several pages a volume, one slice per page; all pages of one size
-``.npy`` (H, W)       a grey image
-``.npy`` (H, W, 3)    a colour image: a last axis of 3 always means colour
-``.npy`` (S, H, W)    a volume of grey slices
-====================  =====================================================================================
+=======================  ==================================================================================
+8 bits, 16 bits          divided by 255, 65535; all levels of 16 bits are kept, in colour too
+float                    as it is; every value must be finite and within 0..1
+grey                     repeated to three channels
+palette, CMYK            converted to RGB (colour profiles are not applied)
+transparency             composited on black, like the corners that a rotation uncovers: what was hidden is 0
+EXIF orientation         applied
+TIFF of several pages    a volume with a slice per page; all pages have one size
+``.npy`` (H, W)          a grey image
+``.npy`` (H, W, 3)       a colour image: a last axis of 3 always means colour
+``.npy`` (S, H, W)       a volume of grey slices
+=======================  ==================================================================================
 
 Nothing is guessed or repaired: whatever else a file holds is an :class:`ImageError` that names the file.
-torch is imported by the functions that make tensors, so that checking files does not need it.
+torch is imported by the function that makes tensors, so that checking files does not need it.
 """
 
 import math
@@ -121,7 +121,7 @@ def _named_errors(path: str | Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ImageError(f"{path}: {error or type(error).__name__}") from error
+        raise ImageError(f"{path}: {str(error) or type(error).__name__}") from error
 
 
 def _require_file(path: Path) -> None:

@@ -63,6 +63,34 @@ def test_stage_2_starts_from_stage_1(manifest, tmp_path, study_config):
     assert not torch.allclose(stage2["primary.modality_oct.head.weight"], stage1["head.weight"])
 
 
+def test_stage_1_of_another_run(finished, tmp_path):
+    config = Config.load(finished / "config.yaml")
+    late = replace(config, model=replace(config.model, fusion="late"))
+    run = train(replace(late, train=replace(late.train, stage1_from=str(finished))), tmp_path / "run")
+    for modality in ("cfp", "oct"):
+        taken, there = (read_checkpoint(r / f"stage1/{modality}/best.safetensors") for r in (run, finished))
+        assert all(torch.equal(taken.parameters[name], tensor) for name, tensor in there.parameters.items())
+    assert not (run / "stage1/oct/metrics.jsonl").exists()
+
+
+def test_stage_1_of_other_data_is_refused(finished, manifest, tmp_path):
+    """It may have been trained on what are test rows here."""
+    config = Config.load(finished / "config.yaml")
+    other = replace(config.data, manifest=str(manifest), image_size=16)
+    changed = replace(config, data=other, train=replace(config.train, stage1_from=str(finished), seed=9))
+    with pytest.raises(ValueError, match="its manifest, image_size, weights of the backbone differ"):
+        train(changed, tmp_path / "run")
+    moved = finished.parent / "study/manifest.csv"
+    text = moved.read_text()
+    try:
+        moved.write_text(text.replace(",train,", ",swap,").replace(",test,", ",train,").replace(",swap,", ",test,"))
+        with pytest.raises(ValueError, match="its content of the manifest differ"):
+            train(replace(config, train=replace(config.train, stage1_from=str(finished))), tmp_path / "run")
+    finally:
+        moved.write_text(text)
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_same_seed_gives_the_same_weights(manifest, tmp_path, study_config):
     runs = [
         train(study_config(manifest, seed=seed, stages="2"), tmp_path / f"run{i}") for i, seed in enumerate((3, 3, 4))

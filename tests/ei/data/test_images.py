@@ -37,12 +37,12 @@ def save(pixels: NDArray[Any], path: Path, **options: Any) -> Path:
     return path
 
 
+def png_chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
 def png_bytes(pixels: NDArray[Any], colour_type: int, extra: bytes = b"") -> bytes:
     """A 16-bit PNG, which Pillow cannot write in colour; rows are stored plain and as differences by turns."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
     height, width = pixels.shape[:2]
     rows = pixels.astype(">u2").reshape(height, -1).view(np.uint8)
     step = rows.shape[1] // width
@@ -50,8 +50,8 @@ def png_bytes(pixels: NDArray[Any], colour_type: int, extra: bytes = b"") -> byt
     differences[:, step:] -= rows[:, :-step]
     filtered = [bytes([y % 2]) + (differences if y % 2 else rows)[y].tobytes() for y in range(height)]
     header = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
-    body = chunk(b"IHDR", header) + extra + chunk(b"IDAT", zlib.compress(b"".join(filtered)))
-    return b"\x89PNG\r\n\x1a\n" + body + chunk(b"IEND", b"")
+    body = png_chunk(b"IHDR", header) + extra + png_chunk(b"IDAT", zlib.compress(b"".join(filtered)))
+    return b"\x89PNG\r\n\x1a\n" + body + png_chunk(b"IEND", b"")
 
 
 def tiff_bytes(
@@ -390,9 +390,9 @@ def make_bad_file(kind: str, folder: Path) -> Path:
         case "16-bit colour in planes":
             path.write_bytes(tiff_bytes(noise(4, 5, 3, dtype=np.uint16), photometric=2, planar=True))
         case "16-bit grey with a transparent level":
-            hidden = b"tRNS" + b"\0\7"
-            chunk = struct.pack(">I", 2) + hidden + struct.pack(">I", zlib.crc32(hidden))
-            path.write_bytes(png_bytes(noise(4, 5, dtype=np.uint16), 0, extra=chunk))
+            path.write_bytes(png_bytes(noise(4, 5, dtype=np.uint16), 0, extra=png_chunk(b"tRNS", bytes(2))))
+        case "16-bit colour with a transparent level":
+            path.write_bytes(png_bytes(noise(4, 5, 3, dtype=np.uint16), 2, extra=png_chunk(b"tRNS", bytes(6))))
         case "float tiff above one":
             Image.fromarray(np.full((4, 4), 1.5, np.float32)).save(path, format="TIFF")
         case "npy truncated":
@@ -426,6 +426,8 @@ def make_bad_file(kind: str, folder: Path) -> Path:
             np.save(path, np.array([[0.5, -0.01]]))
         case "npy signed":
             np.save(path, noise(4, 4).astype(np.int16))
+        case "npy uint32":
+            np.save(path, noise(4, 4).astype(np.uint32))
         case "npy complex":
             np.save(path, noise(4, 4).astype(np.complex64))
         case "npy one axis":
@@ -466,6 +468,7 @@ FAULTS = {
     "16-bit grey with alpha": "more than 8 bits",
     "16-bit colour in planes": "more than 8 bits",
     "16-bit grey with a transparent level": "more than 8 bits",
+    "16-bit colour with a transparent level": "more than 8 bits",
     "float tiff above one": r"from 1\.5 to 1\.5; they must be finite and within 0\.\.1",
     "npy truncated": "has 2464 bytes, but its header .* promises 4928",
     "npy followed by another": "has 9856 bytes, but its header .* promises 4928",
@@ -479,6 +482,7 @@ FAULTS = {
     "npy above one": r"to 1\.01; they must be finite and within 0\.\.1",
     "npy below zero": r"from -0\.01",
     "npy signed": "holds int16; uint8, uint16 and floats within 0..1 are read",
+    "npy uint32": "holds uint32; uint8, uint16 and",
     "npy complex": "holds complex64",
     "npy one axis": r"has shape \(4,\)",
     "npy four axes": r"has shape \(2, 4, 4, 3\)",
@@ -531,10 +535,11 @@ def test_no_shortened_file_is_read(tmp_path: Path, suffix: str) -> None:
 
 def test_a_changed_byte_of_a_png_is_found(tmp_path: Path) -> None:
     content = bytearray(saved_bytes(noise(12, 12, 3), "png", tmp_path))
-    content[-20] ^= 1  # in the checksum that ends the compressed pixels
+    content[-14] ^= 1  # in the checksum of the last chunk of pixels, which decoding does not look at
     path = tmp_path / "changed.png"
     path.write_bytes(content)
-    with pytest.raises(ImageError):
+    assert read_image(path).shape == (1, 3, 12, 12)
+    with pytest.raises(ImageError, match="checksum|CRC"):
         check_image(path)
 
 

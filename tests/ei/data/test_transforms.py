@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ei.config import DataConfig
-from ei.data.transforms import RandomSideCrop, evaluation_transform, training_transform
+from ei.data.transforms import RandomSideCrop, ShrinkLarge, evaluation_transform, training_transform
 
 # Neither augmented nor normalised: each test switches on what it is about.
 PLAIN = DataConfig(image_size=32, mean=(0, 0, 0), std=(1, 1, 1), rotation=0, crop=0, flip=0, jitter=0)
@@ -48,8 +48,8 @@ def test_evaluation_resizes_and_normalises_and_nothing_else() -> None:
 
 
 def test_shrinking_is_antialiased() -> None:
-    checkered = (torch.arange(256) % 2).float().expand(3, 256, 256)
-    assert evaluation_transform(PLAIN)(checkered)[..., 1:-1].sub(0.5).abs().max() < 0.02
+    lines = (torch.arange(256) % 8 == 0).float().expand(3, 256, 256)
+    assert evaluation_transform(PLAIN)(lines)[..., 1:-1].sub(1 / 8).abs().max() < 0.02
 
 
 def test_strengths_of_zero_leave_evaluation() -> None:
@@ -122,6 +122,12 @@ def test_a_crop_cuts_each_side_on_its_own_half_of_the_time() -> None:
 @pytest.mark.parametrize("shape", [(1, 1), (2, 3), (3, 2)])
 def test_a_crop_leaves_something_of_the_smallest_image(shape: tuple[int, int]) -> None:
     assert all(crop.numel() > 0 for crop in draws(RandomSideCrop(0.499), image(*shape), 100))
+
+
+def test_large_images_are_shrunk_with_their_aspect_and_others_left_alone() -> None:
+    assert ShrinkLarge(40)(image(100, 50)).shape == (3, 80, 40)
+    for shape in ((300, 40), (30, 20)):
+        assert torch.equal(ShrinkLarge(40)(image(*shape)), image(*shape))
 
 
 def test_the_same_seed_gives_the_same_image() -> None:

@@ -92,10 +92,11 @@ def test_published_weights_equal_the_same_weights_from_a_file(
 
 
 def test_a_timm_trunk_is_a_timm_backbone(register) -> None:
-    register(image_size=160, timm_model_name="test_vit", timm_pool="token", timm_proj="linear")
+    register(image_size=224, timm_model_name="vit_tiny_patch16_224", timm_pool="token", timm_proj="linear")
     backbone = load_backbone(random_small(), 30)
     assert isinstance(backbone, TimmBackbone)
-    assert backbone(torch.zeros(1, 3, 30, 30)).shape == (1, 64)
+    assert backbone.vit.pos_embed.shape == (1, 1 + 2 * 2, 192)
+    assert backbone(torch.zeros(1, 3, 30, 30)).shape == (1, 192)
     assert not [name for name in backbone.state_dict() if "head" in name]
 
 

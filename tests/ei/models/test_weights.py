@@ -94,6 +94,11 @@ def test_misfit_says_nothing_when_all_fits() -> None:
     assert misfit(TENSORS, dict(reversed(TENSORS.items()))) == ""
 
 
+def test_misfit_names_every_kind_of_difference() -> None:
+    given = {"a": torch.ones(2), "c": torch.ones(1)}
+    assert misfit(TENSORS, given) == "missing: b; unexpected: c; of another shape: a (2,) where (3,) is expected"
+
+
 def test_misfit_counts_what_it_does_not_list() -> None:
     expected = {str(number): torch.ones(1) for number in range(20)}
     assert misfit(expected, {}) == "missing: 0, 1, 2, 3, 4, 5, 6, 7, ... (20 in all)"

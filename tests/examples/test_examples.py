@@ -1,0 +1,69 @@
+"""The examples run as they stand, each in an interpreter of its own."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SEQUENCES = ("FLAIR", "T1", "T2", "T1POST")
+
+
+def run(name: str, *words: object) -> subprocess.CompletedProcess:
+    # One thread: the examples are small, and more would only get into each other's way.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(EXAMPLES / name), *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def test_inject():
+    done = run("01_inject_mor.py")
+    assert done.returncode == 0, done.stderr
+    assert "85,498 of 608,602 parameters train" in done.stdout and "effective rank" in done.stdout
+
+
+@pytest.fixture
+def patches(tmp_path) -> Path:
+    """A file like the real one: three patients, 18 patches."""
+    generator = np.random.default_rng(0)
+    arrays = {name: generator.integers(0, 256, (18, 48, 48), dtype=np.uint8) for name in SEQUENCES}
+    np.savez(tmp_path / "patches.npz", label=np.arange(18) % 2, patient=np.repeat([7, 19, 26], 6), **arrays)
+    return tmp_path / "patches.npz"
+
+
+def test_brain_mri_patches_become_manifests(patches, tmp_path):
+    done = run("02_brain_mri_patches.py", patches, tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    source = np.load(patches)
+    for held_out in (7, 19, 26):
+        with open(tmp_path / f"out/leave_out_{held_out:02d}.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert len(rows) == 18
+        for number, row in enumerate(rows):
+            assert (row["split"] == "test") == (row["patient"] == f"patient{held_out:02d}")
+            assert row["label"] == ("lesion" if source["label"][number] else "no_lesion")
+            pixels = np.asarray(Image.open(tmp_path / "out" / row["T2"]))
+            assert np.array_equal(pixels, source["T2"][number])
+
+
+def test_brain_mri_says_what_it_needs(tmp_path):
+    assert "python examples/02_brain_mri_patches.py" in run("02_brain_mri_patches.py").stderr
+    np.savez(tmp_path / "other.npz", FLAIR=np.zeros(1))
+    assert (
+        "lacks the arrays T1, T1POST, T2, label, patient"
+        in run("02_brain_mri_patches.py", tmp_path / "other.npz", tmp_path).stderr
+    )
+
+
+def test_the_brain_mri_benchmark_runs(patches, tmp_path):
+    assert run("02_brain_mri_patches.py", patches, tmp_path / "out").returncode == 0
+    benchmark = EXAMPLES.parent / "benchmarks/bench_brain_mri.py"
+    done = run(str(benchmark), tmp_path / "out", "--epochs", 1, "--out", tmp_path / "result.json")
+    assert done.returncode == 0, done.stderr
+    methods = [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("| ")][-6:]
+    assert methods == ["prevalence", "FLAIR", "T1", "T2", "late fusion", "EI"]
