@@ -117,11 +117,13 @@ def check_image(path: str | Path) -> None:
 
 @contextmanager
 def _named_errors(path: str | Path) -> Iterator[None]:
-    # A damaged file makes a decoder raise nearly anything (OSError, SyntaxError, struct.error, ...).
     try:
         yield
+    except ImageError as error:
+        raise ImageError(f"{path}: {error}") from error
     except Exception as error:
-        raise ImageError(f"{path}: {str(error) or type(error).__name__}") from error
+        # A damaged file makes a decoder raise nearly anything: OSError, SyntaxError, struct.error, ...
+        raise ImageError(f"{path}: cannot be read: {str(error) or type(error).__name__}") from error
 
 
 def _require_file(path: Path) -> None:

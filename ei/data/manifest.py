@@ -118,7 +118,7 @@ def read_manifest(
         _check_splits(records, problems, must_train=classes is None)
         _check_patients(records, problems)
     order = _class_order(records, config, classes, labelled, problems)
-    labels = _labels(records, config.labels, order, problems) if labelled else [None] * len(records)
+    labels = _labels(records, config, order, problems) if labelled else [None] * len(records)
     images = _images(path.parent, records, config.modalities, problems)
     if lines := problems.lines():
         raise ManifestError(path, lines)
@@ -205,20 +205,19 @@ def _parse(text: str, needed: list[str], problems: _Problems) -> list[_Record]:
         if delimiter in title and "," not in title:
             problems.add(1, f"columns are separated by {name}; save the file with commas between columns")
             return []
-    header: list[str] = []
+    lines = list(_numbered_cells(text, problems))
+    if len(lines) < 2 and not problems.lines():
+        problems.add(0, "has no rows below the header" if lines else "is empty; its first line must name the columns")
+    if not lines:
+        return []
+    (title_number, header), *body = lines
+    _check_header(title_number, header, needed, problems)
     records = []
-    for number, cells in _numbered_cells(text, problems):
-        if not header:
-            header = cells
-            _check_header(number, header, needed, problems)
-        elif len(cells) == len(header):
+    for number, cells in body:
+        if len(cells) == len(header):
             records.append(_Record(number, dict(zip(header, cells, strict=True))))
         else:
             problems.add(number, f"has {len(cells)} cells, but the header has {len(header)}")
-    if not header:
-        problems.add(0, "is empty; its first line must name the columns")
-    elif not records:
-        problems.add(0, "has no rows below the header")
     return records
 
 
@@ -313,11 +312,11 @@ def _class_order(
 
 
 def _labels(
-    records: list[_Record], columns: Sequence[str], classes: Sequence[str], problems: _Problems
+    records: list[_Record], config: DataConfig, classes: Sequence[str], problems: _Problems
 ) -> list[int | tuple[int, ...] | None]:
-    if len(columns) > 1:
-        return [_flags(record, columns, problems) for record in records]
-    return [_class_index(record, columns[0], classes, problems) for record in records]
+    if config.multi_label:
+        return [_flags(record, config.labels, problems) for record in records]
+    return [_class_index(record, config.labels[0], classes, problems) for record in records]
 
 
 def _flags(record: _Record, columns: Sequence[str], problems: _Problems) -> tuple[int, ...]:

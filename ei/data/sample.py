@@ -44,7 +44,11 @@ class Batch:
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Stack samples into a :class:`Batch`, padding each modality to its largest number of images."""
+    """Stack samples into a :class:`Batch`, padding each modality to its largest number of images.
+
+    Raises:
+        ValueError: some samples have a label and others do not.
+    """
     images, present = {}, {}
     for modality in samples[0].images:
         stacks = [sample.images[modality] for sample in samples]
@@ -56,6 +60,9 @@ def collate(samples: Sequence[Sample]) -> Batch:
         images[modality] = padded
         present[modality] = torch.arange(most) < counts[:, None]
     labels = [sample.label for sample in samples if sample.label is not None]
+    if len(labels) not in (0, len(samples)):
+        without = [sample.id for sample in samples if sample.label is None]
+        raise ValueError(f"samples of a batch must all have a label, or none; {', '.join(without[:8])} have none")
     return Batch(
         images=images,
         present=present,

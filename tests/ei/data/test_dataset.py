@@ -1,6 +1,7 @@
 """Rows as samples: what is read, that chance depends on (seed, epoch, id) alone, and the order of an epoch."""
 
 import math
+import pickle
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,6 +20,7 @@ from ei.data.dataset import (
     Draw,
     EpochSampler,
     ManifestDataset,
+    _hash,
     central_slices,
     epoch_order,
     random_slices,
@@ -231,6 +233,14 @@ def test_what_a_sample_looks_like_depends_on_seed_epoch_id_and_repeat(rows: list
         dataset([replace(rows[0], id="other")], CONFIG, train=True)[Draw(0, epoch=3)],
     ]
     assert not any(torch.equal(image, other.images["cfp"]) for other in others)
+
+
+def test_chance_is_the_same_in_every_process(rows: list[Row]) -> None:
+    # Python's own hash of a string differs between processes.
+    assert _hash(0, 3, "id0", 0, "oct") == 4012759023616854511
+    data = dataset(rows, CONFIG, train=True)
+    copy = pickle.loads(pickle.dumps(data))
+    assert torch.equal(copy[Draw(0, 3)].images["cfp"], data[Draw(0, 3)].images["cfp"])
 
 
 def test_a_modality_looks_the_same_with_and_without_the_others(rows: list[Row]) -> None:

@@ -236,6 +236,10 @@ def test_a_link_within_the_folder_is_followed(folder: Path) -> None:
         ),
         pytest.param("", ["file: is empty; its first line must name the columns"], id="empty file"),
         pytest.param("id,split,label,cfp,oct\n", ["file: has no rows below the header"], id="header only"),
+        pytest.param("id,split,label,cfp,oct\na\n", ["row 2: has 1 cells, but the header has 5"], id="ragged only"),
+        pytest.param('"id,split\n', [
+            "row 1: cannot be read, nor what follows: unexpected end of data (is a quotation mark missing?)"
+        ], id="open quote in the header"),
         pytest.param(
             GOOD.encode().replace(b"wet", b"w\xe9t"),
             ["row 2: byte 0xe9 is not UTF-8; save the file as 'CSV UTF-8'"],
@@ -343,10 +347,10 @@ def make_unusable(path: Path, kind: str) -> None:
         ("directory", "is a directory"),
         ("fifo", "is not a regular file"),
         ("dangling", "is a link to a file that does not exist"),
-        ("looping", "[Errno 40] Too many levels of symbolic links"),
+        ("looping", "cannot be read: [Errno 40] Too many levels of symbolic links"),
         ("html", "is not a PNG, JPEG or TIFF that can be read"),
         ("empty", "is empty"),
-        ("truncated", ""),
+        ("truncated", "cannot be read: "),
     ],
 )
 def test_an_image_that_cannot_be_used_is_reported_for_every_row_that_lists_it(

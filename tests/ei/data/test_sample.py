@@ -58,3 +58,10 @@ def test_to_moves_every_tensor_and_keeps_the_ids() -> None:
     tensors = [*batch.images.values(), *batch.present.values(), batch.labels]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert batch.ids == ["a"]
+
+
+def test_a_batch_is_labelled_as_a_whole():
+    images = {"oct": torch.zeros(1, 3, 2, 2)}
+    samples = [Sample("known", images, torch.tensor(1)), Sample("unknown", images)]
+    with pytest.raises(ValueError, match="all have a label, or none; unknown have none"):
+        collate(samples)
