@@ -25,7 +25,7 @@ from ei.data.sample import Batch
 from ei.evaluation import evaluate, predict_rows
 from ei.losses import loss_terms
 from ei.metrics import summarise
-from ei.models import build_model
+from ei.models import LateFusion, build_model
 from ei.progress import say, track
 from ei.runs import RunFolder, StageFolder, load_trunk, stage1_checkpoint
 from ei.runtime import arithmetic, choose_device, fingerprint, seed_everything
@@ -79,7 +79,8 @@ def train(config: Config, run: str | Path) -> Path:
     seed_everything(config.train.seed)
     model = build_model(config, classes, trunk=trunk)
     if stage1:
-        model.start_from(stage1)  # type: ignore[operator]
+        assert isinstance(model, LateFusion)
+        model.start_from(stage1)
     prior = config.train.gate_prior or (max(scores, key=scores.__getitem__) if scores else None)
     if prior:
         say(f"gate prior: {prior}" + "".join(f"  {name} {score:.3f}" for name, score in scores.items()))

@@ -1,0 +1,40 @@
+"""Fused Triton operators for the Mixture-of-Ranks linear layer.
+
+This package knows torch and triton and nothing else; `kernels/README.md` has the mathematics, the shapes and the
+limits. Without triton it still imports: `is_available()` is then False and `mor_linear` raises.
+"""
+
+from typing import Any
+
+import torch
+
+try:
+    from mor_kernels.linear import MAX_COLUMNS, mor_linear
+    from mor_kernels.ranks import INTERPRETED
+
+    _HAS_TRITON = True
+except ModuleNotFoundError as error:
+    if error.name is None or error.name.partition(".")[0] != "triton":
+        raise
+    _HAS_TRITON = False
+    INTERPRETED = False
+    MAX_COLUMNS = 64
+
+    def mor_linear(*args: Any, **kwargs: Any) -> torch.Tensor:  # type: ignore[misc]
+        """Stand-in where triton is not installed."""
+        raise RuntimeError("mor_kernels.mor_linear needs triton, which is not installed; use mor.mor_linear")
+
+
+__all__ = ["MAX_COLUMNS", "is_available", "mor_linear"]
+
+
+def is_available() -> bool:
+    """True where the kernels can run: triton is installed, and either it interprets (TRITON_INTERPRET=1) or the
+    current CUDA device has compute capability 8.0 or newer."""
+    if not _HAS_TRITON:
+        return False
+    if INTERPRETED:
+        return True
+    if not torch.cuda.is_available() or torch.version.cuda is None:
+        return False
+    return torch.cuda.get_device_capability() >= (8, 0)

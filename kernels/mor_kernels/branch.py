@@ -1,0 +1,63 @@
+"""Branch: the whole adapter and the bias in one reading of x and one writing of y.
+
+    y0 = bias + (h * gates * scaling) B        with h and gates as in `shrink`
+
+The frozen product is then added in place, `y0.addmm_(x, weight.T)`, so the large GEMM stays with the library.
+
+Shapes: x (T, K), A (R, K), B (R, O), bias (O,), y0 (T, O), h (T, R) in x's dtype, gates (T, G) in fp32.
+"""
+
+# mypy: allow-untyped-defs
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mor_kernels.blocks import choose, precision
+from mor_kernels.ranks import RankLayout, dot, gate_and_save, load_stacked, rank_product, store_tile
+
+
+@triton.jit(do_not_specialize=["T"])
+def branch_kernel(
+    x, a, router, router_bias, b, bias, y, h, gates, T, K, O, stride_x,
+    OFFSETS: tl.constexpr, SCALING: tl.constexpr, R: tl.constexpr, GATES: tl.constexpr, EXPERTS: tl.constexpr,
+    COLS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ROUTER_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_O: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    z = rank_product(x, a, router, rows, T, K, stride_x, R, GATES, COLS, BLOCK_T, BLOCK_K, PRECISION)
+    gated = gate_and_save(
+        z, router_bias, h, gates, rows, T, OFFSETS, SCALING, R, GATES, EXPERTS, COLS, HAS_ROUTER_BIAS
+    ).to(y.dtype.element_ty)
+    for start in range(0, O, BLOCK_O):
+        out = start + tl.arange(0, BLOCK_O)
+        b_tile = load_stacked(b, b, tl.arange(0, COLS), out, O, R, 0).to(gated.dtype)
+        tile = dot(gated, b_tile, tl.zeros((BLOCK_T, BLOCK_O), dtype=tl.float32), PRECISION)
+        if HAS_BIAS:
+            tile += tl.load(bias + out, mask=out < O, other=0.0).to(tl.float32)[None, :]
+        store_tile(y, O, rows, out, T, O, tile)
+
+
+def branch(
+    x: Tensor,
+    a: Tensor,
+    router_weight: Tensor | None,
+    router_bias: Tensor | None,
+    b: Tensor,
+    bias: Tensor | None,
+    layout: RankLayout,
+    y: Tensor,
+    h: Tensor,
+    gates: Tensor,
+) -> None:
+    """Write y0 into y, h and gates, all contiguous; see the head of this file."""
+    rows, width = x.shape
+    out_width = b.shape[1]
+    blocks = choose("branch", x, layout.columns)
+    branch_kernel[(triton.cdiv(rows, blocks.rows),)](
+        x, a, router_weight, router_bias, b, bias, y, h, gates, rows, width, out_width, x.stride(0),
+        **layout.constants,
+        COLS=layout.columns, HAS_BIAS=bias is not None, HAS_ROUTER_BIAS=router_bias is not None,
+        PRECISION=precision(x), BLOCK_T=blocks.rows, BLOCK_K=blocks.inner, BLOCK_O=blocks.columns,
+        **blocks.options,
+    )  # fmt: skip

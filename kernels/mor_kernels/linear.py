@@ -1,0 +1,276 @@
+"""The MoR linear as two torch operators, forward and backward, and `mor_linear`, the function to call.
+
+    y = x W^T + bias + sum_i gate_i scaling_i (x A_i^T) B_i,    gates = softmax(x router_weight^T + router_bias)
+
+In the branch form a kernel writes the adapter's part (and the bias) into y, and the library's GEMM adds to it; in
+the tail form one GEMM of our own does both. Backward likewise. W and bias are frozen. Kept for backward: x, h, gates.
+
+Shapes: x (..., K), W (O, K), bias (O,), A (R, K), B (R, O), router_weight (G, K), router_bias (G,), h (..., R) in x's
+dtype, gates (..., G) in fp32. B is stored transposed, contiguous along O; the bypass is the last gate.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mor_kernels.blocks import choose_form
+from mor_kernels.branch import branch
+from mor_kernels.dy_side import dy_side
+from mor_kernels.matmul_tail import matmul_tail
+from mor_kernels.ranks import INTERPRETED, rank_layout
+from mor_kernels.shrink import shrink
+from mor_kernels.weight_grad import sum_partials, x_partials
+
+MAX_COLUMNS = 64  # sum of ranks + router outputs
+FORMS = ("auto", "branch", "tail")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _rows(t: Tensor) -> Tensor:
+    """As a matrix (T, width) with unit stride along the width; a copy only where the strides ask for one."""
+    t = t.reshape(-1, t.shape[-1])
+    return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Any]:
+    """The small matrices in the one layout that the kernels read; they nearly always have it already."""
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
+def _on(device: torch.device) -> AbstractContextManager:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+@torch.library.custom_op("mor_kernels::linear_forward", mutates_args=())
+def linear_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    router_weight: Tensor | None,
+    router_bias: Tensor | None,
+    ranks: Sequence[int],
+    scaling: Sequence[float],
+    bypass: bool,
+    form: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y (..., O), h (..., R), gates (..., G)."""
+    layout = rank_layout(tuple(ranks), tuple(scaling), bypass)
+    y, h, gates = _outputs(x, weight, ranks, scaling, bypass)
+    if y.numel() == 0:
+        return y, h, gates
+    x = _rows(x)
+    a, b, bias, router_weight, router_bias = _contiguous(a, b, bias, router_weight, router_bias)
+    if form == "auto":
+        form = choose_form(x, weight.shape[0])
+    with _on(x.device):
+        if form == "branch":
+            branch(x, a, router_weight, router_bias, b, bias, layout, y, h, gates)
+            y.view(-1, y.shape[-1]).addmm_(x, weight.t())
+        else:
+            gated = shrink(x, a, router_weight, router_bias, layout, h, gates)
+            matmul_tail(x, weight.t(), gated, b, None, bias, out=y)
+    return y, h, gates
+
+
+@torch.library.custom_op("mor_kernels::linear_backward", mutates_args=())
+def linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    router_weight: Tensor | None,
+    router_bias: Tensor | None,
+    h: Tensor,
+    gates: Tensor,
+    ranks: Sequence[int],
+    scaling: Sequence[float],
+    bypass: bool,
+    form: str,
+    with_dx: bool,
+    with_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dx, dA, dB, d router_weight, d router_bias; an empty tensor stands for each one not asked for."""
+    layout = rank_layout(tuple(ranks), tuple(scaling), bypass)
+    dx, da, db, drouter, drouter_bias = _gradients(x, a, b, router_weight, router_bias, with_dx, with_weights)
+    if x.numel() == 0:
+        return dx, da.zero_(), db.zero_(), drouter.zero_(), drouter_bias.zero_()
+    rows, dy = _rows(x), _rows(dy)
+    a, b, router_weight, h, gates = _contiguous(a, b, router_weight, h, gates)
+    if form == "auto":
+        form = choose_form(rows, weight.shape[0])
+    with _on(x.device):
+        branch_dx = dx if with_dx and form == "branch" else None
+        dz, partial_b, partial_bias = dy_side(
+            dy, b, h, gates, a, router_weight, layout, dx=branch_dx, with_weights=with_weights
+        )
+        if branch_dx is not None:
+            dx.view(rows.shape).addmm_(dy, weight)
+        elif with_dx:
+            matmul_tail(dy, weight, dz, a, router_weight, None, out=dx)
+        if partial_b is not None:
+            partial_x = x_partials(rows, dz, layout)
+            drouter_bias_wanted = None if router_bias is None else drouter_bias
+            sum_partials(partial_b, partial_x, partial_bias, layout, db, da, drouter, drouter_bias_wanted)
+    return dx, da, db, drouter, drouter_bias
+
+
+def _outputs(
+    x: Tensor, weight: Tensor, ranks: Sequence[int], scaling: Sequence[float], bypass: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for y, h and gates."""
+    layout = rank_layout(tuple(ranks), tuple(scaling), bypass)
+    lead = x.shape[:-1]
+    return (
+        x.new_empty(*lead, weight.shape[0]),
+        x.new_empty(*lead, layout.rank_sum),
+        x.new_empty(*lead, layout.gates, dtype=torch.float32),
+    )
+
+
+def _gradients(
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    router_weight: Tensor | None,
+    router_bias: Tensor | None,
+    with_dx: bool,
+    with_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Room for dx, dA, dB, d router_weight and d router_bias; empty tensors for those nobody asked for."""
+
+    def like(t: Tensor | None, wanted: bool) -> Tensor:
+        return t.new_empty(t.shape) if wanted and t is not None else x.new_empty(0)
+
+    da, db, drouter, drouter_bias = (like(t, with_weights) for t in (a, b, router_weight, router_bias))
+    return like(x, with_dx), da, db, drouter, drouter_bias
+
+
+@linear_forward.register_fake
+def _(x, weight, bias, a, b, router_weight, router_bias, ranks, scaling, bypass, form):  # type: ignore[no-untyped-def]
+    return _outputs(x, weight, ranks, scaling, bypass)
+
+
+@linear_backward.register_fake
+def _(  # type: ignore[no-untyped-def]
+    dy, x, weight, a, b, router_weight, router_bias, h, gates, ranks, scaling, bypass, form, with_dx, with_weights
+):  # fmt: skip
+    return _gradients(x, a, b, router_weight, router_bias, with_dx, with_weights)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, weight, _, a, b, router_weight, router_bias, *ctx.settings = inputs
+    _, h, gates = output
+    ctx.mark_non_differentiable(h, gates)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, a, b, router_weight, router_bias, h, gates)
+
+
+def _backward(ctx: Any, dy: Tensor | None, _dh: None, _dgates: None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 11
+    with_dx, *wanted = (ctx.needs_input_grad[i] for i in (0, 3, 4, 5, 6))
+    dx, *gradients = linear_backward(dy, *ctx.saved_tensors, *ctx.settings, with_dx, any(wanted))
+    da, db, drouter, drouter_bias = (g if wants else None for g, wants in zip(gradients, wanted, strict=True))
+    return dx if with_dx else None, None, None, da, db, drouter, drouter_bias, None, None, None, None
+
+
+linear_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+def mor_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    router_weight: Tensor | None,
+    router_bias: Tensor | None,
+    *,
+    ranks: Sequence[int],
+    scaling: Sequence[float],
+    bypass: bool,
+    form: str = "auto",
+) -> Tensor:
+    """y = x W^T + bias + sum_i gate_i scaling_i (x A_i^T) B_i, fused, where `mor_kernels.is_available()`.
+
+    Args:
+        x: (..., K), any strides; fp32, fp16 or bf16. Under autocast it is cast as `F.linear` would.
+        weight: (O, K), frozen, in x's dtype. bias: (O,) or None, frozen.
+        A: (R, K), the experts' down projections stacked.
+        B: (R, O), their up projections, transposed and stacked.
+        router_weight: (G, K), one output per expert and, with a bypass, a last one for it. A single expert without
+            a bypass has no router: None. router_bias: (G,) or None.
+        ranks, scaling: one entry per expert, scaling = alpha / rank. Constants of the compiled kernels.
+        bypass: whether a last gate, without an expert, takes its share of the probability.
+        form: "branch" or "tail" (see the head of this file); "auto" takes the measured winner, else "branch".
+
+    Returns:
+        (..., O), contiguous, in x's dtype. A, B and the router may be in any of the three dtypes; their gradients
+        come back in it.
+    """
+    ranks, scaling = [int(r) for r in ranks], [float(s) for s in scaling]
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if router_weight is not None and router_weight.dtype != A.dtype:
+        router_weight = router_weight.to(A.dtype)
+    _check(x, weight, bias, A, B, router_weight, router_bias, ranks, scaling, bypass, form)
+    y, _, _ = linear_forward(x, weight, bias, A, B, router_weight, router_bias, ranks, scaling, bypass, form)
+    return y
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    router_weight: Tensor | None,
+    router_bias: Tensor | None,
+    ranks: list[int],
+    scaling: list[float],
+    bypass: bool,
+    form: str,
+) -> None:
+    if form not in FORMS:
+        raise ValueError(f"form must be one of {FORMS}, got {form!r}")
+    if not ranks or min(ranks) < 1 or len(scaling) != len(ranks):
+        raise ValueError(f"ranks must be positive, with one scaling each; got ranks={ranks}, scaling={scaling}")
+    rank_sum = sum(ranks)
+    gates = 0 if len(ranks) == 1 and not bypass else len(ranks) + int(bypass)
+    if rank_sum + gates > MAX_COLUMNS:
+        raise ValueError(f"sum of ranks + router outputs must be <= {MAX_COLUMNS}, got {rank_sum} + {gates}")
+    dtypes = [t.dtype for t in (x, weight, bias) if t is not None]
+    if x.dtype not in DTYPES or any(dtype != x.dtype for dtype in dtypes):
+        raise ValueError(f"x, weight and bias must share one dtype of fp32, fp16 and bf16, got {dtypes}")
+    out, width = weight.shape
+    expected = {
+        "x": (x, (*x.shape[:-1], width)),
+        "bias": (bias, (out,)),
+        "A": (a, (rank_sum, width)),
+        "B": (b, (rank_sum, out)),
+        "router_weight": (router_weight, (gates, width)),
+        "router_bias": (router_bias, (gates,)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"{name} must be fp32, fp16 or bf16, got {tensor.dtype}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} must be on {x.device} as x is, got {tensor.device}")
+    if (router_weight is None) != (gates == 0):
+        need = f"of shape ({gates}, {width})" if gates else "None: one expert without a bypass has no router"
+        raise ValueError(f"router_weight must be {need}; got {router_weight if gates else 'a tensor'}")
+    if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
+        raise ValueError("weight and bias get no gradient here; freeze them with requires_grad_(False)")
+    if x.device.type != "cuda" and not INTERPRETED:
+        raise ValueError(f"x must be on a CUDA device, got {x.device}; TRITON_INTERPRET=1 runs on the CPU")

@@ -1,0 +1,53 @@
+"""Shrink: one reading of x gives the rank vectors, the gates, and their product.
+
+    h = x A^T        gates = softmax(x router_weight^T + router_bias)        gated = h * gates * scaling
+
+Shapes: x (T, K), A (R, K), router_weight (G, K), h (T, R) in x's dtype, gates (T, G) in fp32, gated (T, P) in x's
+dtype, P = R padded with zero columns, for the rank tail of `matmul_tail`.
+"""
+
+# mypy: allow-untyped-defs
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mor_kernels.blocks import choose, precision
+from mor_kernels.ranks import RankLayout, gate_and_save, rank_product, store_tile
+
+
+@triton.jit(do_not_specialize=["T"])
+def shrink_kernel(
+    x, a, router, router_bias, h, gates, gated, T, K, stride_x,
+    OFFSETS: tl.constexpr, SCALING: tl.constexpr, R: tl.constexpr, GATES: tl.constexpr, EXPERTS: tl.constexpr,
+    COLS: tl.constexpr, RANK_COLS: tl.constexpr, HAS_ROUTER_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    z = rank_product(x, a, router, rows, T, K, stride_x, R, GATES, COLS, BLOCK_T, BLOCK_K, PRECISION)
+    product = gate_and_save(
+        z, router_bias, h, gates, rows, T, OFFSETS, SCALING, R, GATES, EXPERTS, COLS, HAS_ROUTER_BIAS
+    )
+    store_tile(gated, RANK_COLS, rows, tl.arange(0, COLS), T, RANK_COLS, product)
+
+
+def shrink(
+    x: Tensor,
+    a: Tensor,
+    router_weight: Tensor | None,
+    router_bias: Tensor | None,
+    layout: RankLayout,
+    h: Tensor,
+    gates: Tensor,
+) -> Tensor:
+    """Write h and gates, both contiguous, and return gated (T, P); see the head of this file."""
+    rows, width = x.shape
+    gated = x.new_empty(rows, layout.rank_columns)
+    blocks = choose("shrink", x, layout.columns)
+    shrink_kernel[(triton.cdiv(rows, blocks.rows),)](
+        x, a, router_weight, router_bias, h, gates, gated, rows, width, x.stride(0),
+        **layout.constants,
+        COLS=layout.columns, RANK_COLS=layout.rank_columns, HAS_ROUTER_BIAS=router_bias is not None,
+        PRECISION=precision(x), BLOCK_T=blocks.rows, BLOCK_K=blocks.inner, **blocks.options,
+    )  # fmt: skip
+    return gated
