@@ -23,7 +23,8 @@ from ei.metrics import summarise
 from ei.models import UniModal
 from ei.progress import track
 from ei.report import write_report
-from ei.runs import RunFolder, load
+from ei.run_folder import RunFolder
+from ei.runs import load
 from ei.runtime import arithmetic, choose_device
 from mor import MoRLinear, record_gates
 from mor.files import write_atomically
@@ -234,7 +235,7 @@ def metrics_table(run: str | Path) -> list[str]:
             lines.append(f"{source:<{width}}{cells}".rstrip())
         if fused["absent"]:
             lines.append(f"left out of the means, for want of rows with and without: {', '.join(fused['absent'])}")
-    return [*lines, f"report: {folder.path / 'report.html'}"]
+    return [*lines, f"report: {folder.report}"]
 
 
 def _interval(figure: Mapping[str, float | None]) -> str:

@@ -12,13 +12,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ei import figures
 from ei.figures import Picture
+from ei.run_folder import RunFolder
 
 SPLITS = ("test", "val", "train")
 """In the order of the page; the first that was evaluated gives the headline and the curves."""
@@ -57,7 +57,7 @@ def write_report(run: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    path = run / "report.html"
+    path = RunFolder(run).report
     path.write_text(templates.get_template("report.html.jinja").render(_page(files)), encoding="utf-8")
     return path
 
@@ -68,18 +68,16 @@ def read_run(run: Path) -> RunFiles:
     Raises:
         ValueError: a file is missing, damaged, or does not fit; the message names it.
     """
-    metrics = _read_metrics(run / "metrics.json")
-    # Folders are named as in a URL, since the name of a modality may hold what that of a folder may not.
-    folders = {f"Stage 1, {name}": run / "stage1" / quote(name, safe=" ") for name in metrics["modalities"]}
-    logs = {stage: folder / "metrics.jsonl" for stage, folder in (folders | {"Stage 2": run / "stage2"}).items()}
-    predictions, gates = run / "predictions.csv", run / "gates.json"
+    folder = RunFolder(run)
+    metrics = _read_metrics(folder.metrics)
+    stages = {f"Stage 1, {name}": folder.stage1(name) for name in metrics["modalities"]} | {"Stage 2": folder.stage2}
     return RunFiles(
         name=run.resolve().name,
-        config=_read_config(run / "config.yaml"),
+        config=_read_config(folder.config),
         metrics=metrics,
-        stages={stage: _read_epochs(path) for stage, path in logs.items() if path.exists()},
-        predictions=_read_predictions(predictions, metrics) if predictions.exists() else [],
-        gates=_read_gates(gates) if gates.exists() else {},
+        stages={title: _read_epochs(stage.history) for title, stage in stages.items() if stage.history.exists()},
+        predictions=_read_predictions(folder.predictions, metrics) if folder.predictions.exists() else [],
+        gates=_read_gates(folder.gates) if folder.gates.exists() else {},
     )
 
 

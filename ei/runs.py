@@ -1,65 +1,14 @@
-"""The folder of a run: what lies where, and the trained model back from it."""
+"""Trained models back from the folder of a run."""
 
-from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote
 
 from torch import nn
 
 from ei.checkpoint import Checkpoint, read_checkpoint, restore
 from ei.config import Config
 from ei.models import Backbone, build_model, load_backbone
+from ei.run_folder import RunFolder
 from ei.runtime import fingerprint, seed_everything
-
-
-@dataclass(frozen=True)
-class StageFolder:
-    """Where one stage writes: ``metrics.jsonl`` (a line per epoch), and its best and last trained parameters."""
-
-    path: Path
-
-    @property
-    def history(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def best(self) -> Path:
-        return self.path / "best.safetensors"
-
-    @property
-    def last(self) -> Path:
-        return self.path / "last.safetensors"
-
-
-@dataclass(frozen=True)
-class RunFolder:
-    """Names of a run's files."""
-
-    path: Path
-
-    @property
-    def config(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.json"
-
-    @property
-    def predictions(self) -> Path:
-        return self.path / "predictions.csv"
-
-    @property
-    def gates(self) -> Path:
-        return self.path / "gates.json"
-
-    @property
-    def stage2(self) -> StageFolder:
-        return StageFolder(self.path / "stage2")
-
-    def stage1(self, modality: str) -> StageFolder:
-        # A modality is a column name, and may hold what a file name may not.
-        return StageFolder(self.path / "stage1" / quote(modality, safe=" "))
 
 
 def load_trunk(config: Config) -> Backbone:

@@ -27,7 +27,8 @@ from ei.losses import loss_terms
 from ei.metrics import summarise
 from ei.models import LateFusion, build_model
 from ei.progress import say, track
-from ei.runs import RunFolder, StageFolder, load_trunk, stage1_checkpoint
+from ei.run_folder import RunFolder, StageFolder
+from ei.runs import load_trunk, stage1_checkpoint
 from ei.runtime import arithmetic, choose_device, fingerprint, seed_everything
 from mor import trainable_parameters
 
@@ -54,6 +55,7 @@ def train(config: Config, run: str | Path) -> Path:
     folder = RunFolder(Path(run))
     manifest = read_manifest(config.data.manifest, config.data)
     config = _resolve(config, manifest)
+    _require_measurable(manifest)
     _make_empty(folder)
     device = choose_device(config.train.device)
     trunk = load_trunk(config)
@@ -251,6 +253,15 @@ def _resolve(config: Config, manifest: Manifest) -> Config:
     data = replace(config.data, classes=manifest.classes, manifest=str(Path(config.data.manifest).resolve()))
     weights = str(Path(config.model.weights).resolve()) if config.model.weights else ""
     return replace(config, data=data, model=replace(config.model, weights=weights))
+
+
+def _require_measurable(manifest: Manifest) -> None:
+    """The mAP of the training rows chooses the gate prior, that of the validation rows the best epoch."""
+    for split in ("train", "val"):
+        labels = np.array([row.label for row in manifest.split(split)])
+        positives = labels if manifest.multi_label else labels[:, None] == np.arange(len(manifest.classes))
+        if len(labels) and not any(0 < column.sum() < len(labels) for column in positives.T):
+            raise ValueError(f"the {split} rows must have a class that some of them are of and others are not")
 
 
 def _make_empty(folder: RunFolder) -> None:

@@ -174,6 +174,16 @@ def test_the_folder_must_be_new(finished, manifest, study_config):
     assert (finished / "config.yaml").stat().st_mtime_ns == before
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_rows_that_cannot_be_measured_are_refused(manifest, tmp_path, study_config, split):
+    """With one class only, the mAP that chooses the best epoch would not exist."""
+    lines = [line for line in manifest.read_text().splitlines() if f",{split}," not in line or ",grey," in line]
+    manifest.write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=f"the {split} rows must have a class that some"):
+        train(study_config(manifest), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_faults_come_before_the_folder(manifest, tmp_path, study_config):
     config = study_config(manifest)
     with pytest.raises(ValueError, match="gate_prior must be one of cfp, oct, got 'mri'"):
