@@ -45,7 +45,8 @@ def save(model: nn.Module, directory: str | os.PathLike[str], extra: str | Seque
     saved = [*adapter, *extra_names]
     if any(state[name].is_meta for name in saved):
         raise ValueError("model must hold its weights to be saved, but it is on the meta device")
-    tensors = {name: state[name].detach().cpu().contiguous() for name in saved}
+    # Copies, because the format has no notion of tensors that share memory.
+    tensors = {name: state[name].detach().cpu().clone(memory_format=torch.contiguous_format) for name in saved}
 
     payload = serialise(tensors, metadata={"format": FORMAT})
     description = {
@@ -76,6 +77,7 @@ def load(model: Model, directory: str | os.PathLike[str]) -> Model:
     Raises:
         ValueError: the folder is missing, damaged or of another kind, or does not fit the model; missing,
             unexpected and mismatched names come in one message, and the model is left as it was.
+        TypeError: a layer to adapt is none that :class:`mor.MoRLinear` takes.
     """
     folder = Path(directory)
     config, modules, extra, tensors = _read(folder)
@@ -85,9 +87,9 @@ def load(model: Model, directory: str | os.PathLike[str]) -> Model:
             f"the adapter in {folder} was made with {config} on {len(modules)} layers, but the model has"
             f" {injected.config} on {len(injected.names)}; call mor.eject on it first"
         )
-    plain = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     if injected is None:
-        absent = [name for name in modules if name not in plain]
+        plain = dict(model.named_modules(remove_duplicate=False))
+        absent = [name for name in modules if not isinstance(plain.get(name), nn.Linear)]
         if absent:
             raise ValueError(f"the adapter in {folder} does not fit the model, which lacks the layers {_few(absent)}")
         inject_names(model, modules, config)

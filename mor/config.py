@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from numbers import Integral, Real
 from typing import Any, Self
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class MoRConfig:
     """Settings of a Mixture-of-Ranks layer; immutable, and checked when made.
 
@@ -38,12 +39,10 @@ class MoRConfig:
         ranks = _as_tuple("ranks", self.ranks, int)
         if not ranks or min(ranks) < 1:
             raise ValueError(f"ranks must be one or more positive integers, got {self.ranks!r}")
-        alphas = tuple(2.0 * rank for rank in ranks)
-        if self.alphas is not None:
-            alphas = tuple(float(alpha) for alpha in _as_tuple("alphas", self.alphas, (int, float)))
-        if len(alphas) != len(ranks):
+        alphas = None if self.alphas is None else _as_tuple("alphas", self.alphas, float)
+        if alphas is not None and len(alphas) != len(ranks):
             raise ValueError(f"alphas must have one value per rank, got {len(alphas)} for {len(ranks)} ranks")
-        if not all(0 < alpha < float("inf") for alpha in alphas):
+        if alphas is not None and not all(0 < alpha < float("inf") for alpha in alphas):
             raise ValueError(f"alphas must be positive and finite, got {self.alphas!r}")
         if not isinstance(self.bypass, bool):
             raise TypeError(f"bypass must be True or False, got {self.bypass!r}")
@@ -51,7 +50,7 @@ class MoRConfig:
             raise TypeError(f"dropout must be a number, got {self.dropout!r}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout!r}")
-        # Frozen is for callers; storing the checked form makes equal settings compare equal.
+        # Frozen is for callers; here the checked form takes the place of what was given.
         object.__setattr__(self, "ranks", ranks)
         object.__setattr__(self, "alphas", alphas)
         object.__setattr__(self, "dropout", float(self.dropout))
@@ -59,14 +58,26 @@ class MoRConfig:
     @property
     def scaling(self) -> tuple[float, ...]:
         """alpha / rank of each expert."""
-        assert self.alphas is not None
-        return tuple(alpha / rank for alpha, rank in zip(self.alphas, self.ranks, strict=True))
+        # Left out, alphas follow the ranks even if those are replaced later.
+        alphas = self.alphas or tuple(2.0 * rank for rank in self.ranks)
+        return tuple(alpha / rank for alpha, rank in zip(alphas, self.ranks, strict=True))
 
     @property
     def router_outputs(self) -> int:
         """Number of gates: one per expert and one for the bypass; 0 if there is nothing to weigh."""
         gates = len(self.ranks) + self.bypass
         return gates if gates > 1 else 0
+
+    def __eq__(self, other: object) -> bool:
+        """Settings are equal if layers made with them compute the same."""
+        return isinstance(other, MoRConfig) and self._effect == other._effect
+
+    def __hash__(self) -> int:
+        return hash(self._effect)
+
+    @property
+    def _effect(self) -> tuple[Any, ...]:
+        return (self.ranks, self.scaling, self.bypass, self.dropout)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON types."""
@@ -82,9 +93,10 @@ class MoRConfig:
         return cls(**values)
 
 
-def _as_tuple(name: str, values: Any, kind: type | tuple[type, ...]) -> tuple[Any, ...]:
+def _as_tuple(name: str, values: Any, kind: type) -> tuple[Any, ...]:
     if not isinstance(values, Sequence) or isinstance(values, str):
         raise TypeError(f"{name} must be a sequence of numbers, got {values!r}")
-    if any(isinstance(value, bool) or not isinstance(value, kind) for value in values):
-        raise TypeError(f"{name} must hold only numbers (ranks: integers), got {values!r}")
-    return tuple(values)
+    number = Integral if kind is int else Real
+    if any(isinstance(value, bool) or not isinstance(value, number) for value in values):
+        raise TypeError(f"{name} must hold only {'integers' if kind is int else 'numbers'}, got {values!r}")
+    return tuple(kind(value) for value in values)

@@ -56,7 +56,8 @@ def mor_linear(
         expert_input: (..., K), what the experts read in place of ``x`` (``x`` after dropout); the router
             always reads ``x``.
         backend: "eager" (a loop over the experts, the definition), "concat" (all experts and the router in
-            one product, gates on the rank side) or "auto".
+            one product, gates on the rank side) or "auto". Only "eager" has second derivatives and works
+            under torch.func.
 
     Returns:
         y, (..., O).
@@ -76,7 +77,7 @@ def mor_linear(
     form = _eager if choose_backend(backend, x.device) == "eager" else _concat
 
     device = x.device.type
-    autocast = torch.is_autocast_enabled(device)
+    autocast = _in_autocast(device)
     dtype = torch.get_autocast_dtype(device) if autocast and x.dtype != torch.float64 else x.dtype
 
     A, B = A.to(dtype), B.to(dtype)
@@ -100,6 +101,11 @@ def choose_backend(backend: str, device: torch.device) -> str:
 def mor_gates(x: Tensor, router_weight: Tensor, router_bias: Tensor | None) -> Tensor:
     """softmax(R x + c), (..., G), in fp32 or wider."""
     return _softmax(F.linear(x, router_weight), router_bias)
+
+
+def _in_autocast(device: str) -> bool:
+    # Some devices, meta among them, have no autocast, and must not be asked.
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _eager(
@@ -182,8 +188,12 @@ class _Concatenated(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("backend 'concat' has no second derivatives (create_graph=True); set backend='eager'")
+        if _in_autocast(dy.device.type):
+            with torch.autocast(dy.device.type, enabled=False):
+                return _Concatenated.backward(ctx, dy)
         x, weight, A, B, router_weight, h, gates = ctx.saved_tensors
         ranks, scaling, base_dtype = ctx.settings
         bias_dtype, router_bias_dtype = ctx.bias_dtypes

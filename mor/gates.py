@@ -85,9 +85,13 @@ def record_gates(model: nn.Module) -> Iterator[GateRecord]:
     record = GateRecord()
 
     def hook(name: str) -> Any:
-        return lambda layer, inputs: record.add(name, layer, inputs[0]) if layer.enabled else None
+        def add(layer: MoRLinear, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            if layer.enabled:
+                record.add(name, layer, args[0] if args else kwargs["input"])
 
-    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
+        return add
+
+    handles = [layer.register_forward_pre_hook(hook(name), with_kwargs=True) for name, layer in layers.items()]
     try:
         yield record
     finally:

@@ -28,6 +28,7 @@ class MoRLinear(nn.Module):
 
     Raises:
         TypeError: ``base`` is not an nn.Linear, or a subclass that computes something else.
+        ValueError: ``base`` has forward hooks (legacy weight_norm and others), which would no longer run.
 
     Source: arXiv 2603.17514, section 3.4.
 
@@ -42,6 +43,8 @@ class MoRLinear(nn.Module):
             raise TypeError(
                 f"base must be an nn.Linear, or a subclass with the same forward, got {type(base).__name__}"
             )
+        if base._forward_hooks or base._forward_pre_hooks or "forward" in vars(base):
+            raise ValueError("base must have no forward hooks and no forward of its own, which would no longer run")
         self.config = config = config or MoRConfig()
         self.base = base.requires_grad_(False)
         self.backend = backend
@@ -64,13 +67,13 @@ class MoRLinear(nn.Module):
         if self.mor_router is not None:
             self.mor_router.reset_parameters()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., K) -> (..., O), see :func:`mor.mor_linear`."""
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., K) -> (..., O), see :func:`mor.mor_linear`; the argument is called as nn.Linear's."""
         if not self.enabled:
-            return self.base(x)
-        dropped = F.dropout(x, self.config.dropout) if self.training and self.config.dropout else None
+            return self.base(input)
+        dropped = F.dropout(input, self.config.dropout) if self.training and self.config.dropout else None
         return mor_linear(
-            x,
+            input,
             self.base.weight,
             self.base.bias,
             self.mor_A,
@@ -88,8 +91,7 @@ class MoRLinear(nn.Module):
         """Weights of the experts, then of the bypass: (..., K) -> (..., G), fp32 or wider; None without a router."""
         if self.mor_router is None:
             return None
-        parameter = self.mor_router.weight
-        return mor_gates(x.to(parameter.dtype), parameter, self.mor_router.bias)
+        return mor_gates(x, self.mor_router.weight.to(x.dtype), self.mor_router.bias)
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """What the adapter adds to ``base``, by name relative to the layer."""

@@ -40,7 +40,8 @@ def resolve(
     linears: dict[str, str | None] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         block = _block_of(name, blocks)
-        if isinstance(module, nn.Linear) and (chosen is None or block in chosen):
+        # The model itself has no parent in which it could be replaced.
+        if name and isinstance(module, nn.Linear) and (chosen is None or block in chosen):
             linears[name] = block
 
     def matching(target: str, what: str) -> list[str]:
@@ -80,6 +81,8 @@ def _block_of(name: str, blocks: Iterable[str]) -> str | None:
 
 def _choose(blocks: list[str], layers: Iterable[int]) -> set[str | None]:
     wanted = list(layers)
+    if not wanted:
+        raise ValueError("layers must name at least one block, got none; leave it out to adapt all")
     missing = [layer for layer in wanted if not -len(blocks) <= layer < len(blocks)]
     if missing:
         raise ValueError(f"layers must be blocks of the model, which has {len(blocks)}, got {missing}")
@@ -99,7 +102,9 @@ def _reads_weight_only(model: nn.Module, name: str) -> bool:
     parent_name, _, child = name.rpartition(".")
     parent = model.get_submodule(parent_name)
     separate_bias = getattr(parent, "q_bias", None) is not None and not getattr(parent, "qkv_bias_separate", False)
-    return isinstance(parent, nn.MultiheadAttention) or (child == "qkv" and separate_bias)
+    # In evaluation, a TransformerEncoderLayer hands its weights to a kernel that knows no adapters.
+    is_fast_path = isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer))
+    return is_fast_path or (child == "qkv" and separate_bias)
 
 
 def _in(layers: Iterable[int] | None) -> str:

@@ -200,6 +200,19 @@ def test_injected_otherwise(trained, plain, tmp_path, other):
     assert same(state(plain), before)
 
 
+def test_layers_in_two_places(tmp_path):
+    def model():
+        torch.manual_seed(0)
+        shared = nn.Linear(4, 4)
+        return nn.ModuleDict({"one": shared, "two": shared})
+
+    trained = inject(model(), "*", ranks=(2,))
+    nn.init.normal_(trained["one"].mor_B)
+    save(trained, tmp_path, extra="*")
+    loaded = load(model(), tmp_path)
+    assert loaded["one"] is loaded["two"] and torch.equal(loaded["one"].mor_B, trained["one"].mor_B)
+
+
 def test_bf16_models(trained, plain, images, tmp_path):
     save(trained, tmp_path, extra="head.*")
     load(plain.to(torch.bfloat16), tmp_path)

@@ -1,6 +1,7 @@
 import json
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 
+import numpy as np
 import pytest
 
 from mor import MoRConfig
@@ -8,7 +9,7 @@ from mor import MoRConfig
 
 def test_defaults_are_the_papers():
     config = MoRConfig()
-    assert (config.ranks, config.alphas, config.scaling) == ((2, 4, 8), (4, 8, 16), (2, 2, 2))
+    assert (config.ranks, config.scaling) == ((2, 4, 8), (2, 2, 2))
     assert (config.bypass, config.dropout, config.router_outputs) == (True, 0.0, 4)
 
 
@@ -35,6 +36,19 @@ def test_json_round_trip():
 
 def test_alphas_left_out_equal_alphas_written_out():
     assert MoRConfig() == MoRConfig(alphas=(4, 8, 16))
+    assert hash(MoRConfig()) == hash(MoRConfig(alphas=(4, 8, 16)))
+    assert MoRConfig() != MoRConfig(alphas=(4, 8, 8)) and MoRConfig() != MoRConfig(bypass=False)
+
+
+def test_alphas_left_out_follow_ranks_that_are_replaced():
+    assert replace(MoRConfig(), ranks=(4, 4, 4)).scaling == (2, 2, 2)
+    assert replace(MoRConfig(), ranks=(4,)).scaling == (2,)
+    assert replace(MoRConfig(alphas=(4, 8, 16)), ranks=(4, 4, 4)).scaling == (1, 2, 4)
+
+
+def test_numpy_integers_are_integers():
+    config = MoRConfig(ranks=(np.int64(2), np.int64(4)), alphas=(np.float32(1), 2))
+    assert json.dumps(config.to_dict()) and config == MoRConfig(ranks=(2, 4), alphas=(1.0, 2.0))
 
 
 @pytest.mark.parametrize(
@@ -44,8 +58,9 @@ def test_alphas_left_out_equal_alphas_written_out():
         ({"ranks": (0, 2)}, ValueError, "ranks must be one or more positive integers"),
         ({"ranks": 4}, TypeError, "ranks must be a sequence"),
         ({"ranks": "24"}, TypeError, "ranks must be a sequence"),
-        ({"ranks": (2.0,)}, TypeError, "ranks must hold only numbers"),
-        ({"ranks": (True,)}, TypeError, "ranks must hold only numbers"),
+        ({"ranks": (2.0,)}, TypeError, "ranks must hold only integers"),
+        ({"ranks": (True,)}, TypeError, "ranks must hold only integers"),
+        ({"alphas": ("1", 2, 3)}, TypeError, "alphas must hold only numbers"),
         ({"alphas": (1, 2)}, ValueError, "one value per rank, got 2 for 3"),
         ({"alphas": (1, 2, 0)}, ValueError, "alphas must be positive"),
         ({"alphas": (1, 2, float("nan"))}, ValueError, "alphas must be positive and finite"),

@@ -299,6 +299,40 @@ def test_compiles_without_graph_breaks(backend):
     torch.testing.assert_close(gradients(compiled, tensors, ADAPTED, dy), plain, rtol=1e-5, atol=1e-5)
 
 
+def second_derivative(backend):
+    tensors, spec = operands(shape=(3,), K=4, O=5, ranks=(1, 2))
+    x, A = tensors["x"].requires_grad_(), tensors["A"].requires_grad_()
+    y = mor_linear(**tensors, **spec, backend=backend)
+    (dx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    return torch.autograd.grad(dx.square().sum(), A)[0]
+
+
+def test_second_derivatives_are_right_or_refused():
+    assert second_derivative("eager").abs().sum() > 0
+    with pytest.raises(RuntimeError, match="no second derivatives .* set backend='eager'"):
+        second_derivative("concat")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backward_may_run_inside_autocast(backend):
+    tensors, spec = operands(dtype=torch.float32)
+    dy = torch.randn(7, 11, dtype=torch.float64)
+    _, outside = gradients(lambda **t: mor_linear(**t, **spec, backend=backend), tensors, ADAPTED, dy)
+    leaves = {name: tensors[name].clone().requires_grad_() for name in ADAPTED}
+    y = mor_linear(**{**tensors, **leaves}, **spec, backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = torch.autograd.grad(y, list(leaves.values()), dy.float())
+    for grad, expected_grad in zip(inside, outside.values(), strict=True):
+        assert relative(grad, expected_grad) < (1e-6 if backend == "concat" else 3e-2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_shapes_on_the_meta_device(backend):
+    tensors, spec = operands(shape=(2, 3), dtype=torch.float32)
+    tensors = {name: tensor.to("meta") for name, tensor in tensors.items()}
+    assert mor_linear(**tensors, **spec, backend=backend).shape == (2, 3, 11)
+
+
 def test_auto_is_concat_on_the_cpu():
     assert choose_backend("auto", torch.device("cpu")) == "concat"
 

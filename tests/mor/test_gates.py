@@ -51,6 +51,12 @@ def test_without_bypass():
     assert summary.bypass is None and sum(summary.gates) == pytest.approx(1)
 
 
+def test_of_layers_that_are_called_by_keyword(model):
+    with record_gates(model) as record:
+        model[0](input=torch.zeros(3, 4))
+    assert record.summary()["0"].tokens == 3
+
+
 def test_a_gate_of_zero_has_no_entropy(model):
     set_gates(model[0], [0.0, 0.0, 1.0, 0.0])
     with record_gates(model) as record:

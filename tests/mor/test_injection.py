@@ -110,6 +110,18 @@ def test_a_layer_in_two_places_is_adapted_in_both():
     assert model["one"] is model["two"] is shared
 
 
+def test_fields_on_top_of_a_config(vit):
+    inject(vit, "fc1", MoRConfig(dropout=0.1), ranks=(4,), bypass=False)
+    assert vit.blocks[0].mlp.fc1.config == MoRConfig(ranks=(4,), bypass=False, dropout=0.1)
+
+
+def test_a_linear_layer_has_no_place_to_be_replaced_in():
+    layer = nn.Linear(4, 4)
+    with pytest.raises(ValueError, match="there is no nn.Linear at all"):
+        inject(layer, "*")
+    assert layer.weight.requires_grad
+
+
 def test_deepcopy_is_independent(vit, images):
     inject(vit, targets="fc")
     twin = copy.deepcopy(vit)

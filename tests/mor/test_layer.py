@@ -164,6 +164,26 @@ def test_checkpointing_gives_the_same_gradients(layer):
         assert torch.equal(one, other)
 
 
+def test_is_called_as_a_linear_layer_is(layer):
+    x = torch.randn(3, 7)
+    assert torch.equal(layer(input=x), layer(x))
+
+
+@pytest.mark.parametrize("how", ["hook", "pre-hook", "forward"])
+def test_a_base_with_hooks_is_refused(how):
+    """MoRLinear computes with the weight, so they would be skipped in silence."""
+    base = nn.Linear(2, 2)
+    if how == "hook":
+        base.register_forward_hook(lambda *_: None)
+    elif how == "pre-hook":
+        base.register_forward_pre_hook(lambda *_: None)
+    else:
+        base.forward = lambda x: x
+    with pytest.raises(ValueError, match="no forward hooks"):
+        MoRLinear(base)
+    assert base.weight.requires_grad
+
+
 def test_gates_sum_to_one_with_the_bypass(layer):
     gates = layer.gates(torch.randn(2, 3, 7))
     assert gates.shape == (2, 3, 3)

@@ -69,6 +69,7 @@ def test_open_clip_towers():
         ({"targets": ["fc", "query"]}, "target 'query' matches no"),
         ({"targets": ["fc"], "exclude": ["typo"]}, "exclude 'typo' matches no"),
         ({"targets": ["fc"], "layers": [3]}, r"layers must be blocks of the model, which has 3, got \[3\]"),
+        ({"targets": ["fc"], "layers": []}, "layers must name at least one block"),
         ({"targets": ["head"], "layers": [0]}, "target 'head' matches no nn.Linear in the chosen layers"),
         ({"targets": ["fc"], "exclude": ["*"]}, "nothing is left"),
     ],
@@ -91,6 +92,8 @@ def test_hosts_that_never_call_the_layer_are_refused():
     with pytest.raises(ValueError, match=r"would do nothing: blocks.0.attn.qkv, blocks.1.attn.qkv"):
         inject(beit, targets=["qkv", "fc"])
     inject(beit, targets="fc")
+    with pytest.raises(ValueError, match="would do nothing: linear1, linear2"):
+        inject(nn.TransformerEncoderLayer(8, 2), targets=["linear1", "linear2"])
     attention = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2)})
     with pytest.raises(ValueError, match="would do nothing: 0.attn.out_proj"):
         inject(nn.Sequential(attention), targets="*.out_proj")
