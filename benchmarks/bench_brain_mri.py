@@ -93,13 +93,15 @@ def main() -> None:
     if not manifests:
         parser.error(f"{arguments.folder} holds no leave_out_*.csv")
 
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+    ).stdout.strip()
     started, folds = time.perf_counter(), {}
     for manifest in manifests:
         with tempfile.TemporaryDirectory() as folder:
             name = f"patient {manifest.stem.removeprefix('leave_out_')} left out"
             folds[name] = fold(manifest, *settings, Path(folder))
         print(table(folds), flush=True)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RESULTS).stdout.strip()
     report = {
         "question": "AP of 'lesion' on the patient left out",
         "backbone": f"tiny (width 64, 4 blocks, 8 x 8 patches of 6 px), random weights, adapter: {arguments.adapter}",

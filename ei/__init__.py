@@ -42,8 +42,11 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(import_module(_HOMES[name]), name)
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] == "ei":
-            raise
-        raise ImportError(
-            f"ei needs '{error.name}', which comes with its extra: pip install 'mixture-of-ranks[ei]'"
-        ) from error
+        raise explain_missing(error) from error
+
+
+def explain_missing(error: ModuleNotFoundError) -> ImportError:
+    """What to install, unless it is a module of this package that is missing."""
+    if (error.name or "ei").split(".")[0] == "ei":
+        return error
+    return ImportError(f"ei needs '{error.name}', which comes with its extra: pip install 'mixture-of-ranks[ei]'")

@@ -2,17 +2,15 @@
 
 import sys
 
+from ei import explain_missing
+
 
 def main() -> int:
     """Run the command line; returns the exit code."""
     try:
         from ei.cli import run
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] == "ei":
-            raise
-        print(
-            f"ei needs '{error.name}', which comes with its extra: pip install 'mixture-of-ranks[ei]'", file=sys.stderr
-        )
+        print(explain_missing(error), file=sys.stderr)
         return 1
     return run(sys.argv[1:])
 

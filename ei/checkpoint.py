@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
+from ei.models.weights import misfit
 from mor import trainable_parameters
 from mor.files import write_atomically
 
@@ -41,18 +42,8 @@ def restore(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
         ValueError: names or shapes differ from the model's; all of them in one message, and nothing is changed.
     """
     own = trainable_parameters(model)
-    problems = {
-        "missing": sorted(set(own) - set(parameters)),
-        "unexpected": sorted(set(parameters) - set(own)),
-        "of another shape": [
-            f"{name} ({tuple(parameters[name].shape)} instead of {tuple(parameter.shape)})"
-            for name, parameter in own.items()
-            if name in parameters and parameters[name].shape != parameter.shape
-        ],
-    }
-    if any(problems.values()):
-        listed = "; ".join(f"{what}: {', '.join(names[:8])}" for what, names in problems.items() if names)
-        raise ValueError(f"the checkpoint does not fit the model: {listed}")
+    if problems := misfit(own, parameters):
+        raise ValueError(f"the checkpoint does not fit the model: {problems}")
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(parameters[name])

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
+from ei import explain_missing
 from ei.config import Config, DataConfig, ModelConfig, Names
 
 USAGE = """\
@@ -108,7 +109,8 @@ def run(words: Sequence[str]) -> int:
     except (ValueError, OSError, ArithmeticError, ImportError) as error:
         if "EI_TRACEBACK" in os.environ:
             raise
-        print(f"ei {words[0]}: {error}", file=sys.stderr)
+        reason = explain_missing(error) if isinstance(error, ModuleNotFoundError) else error
+        print(f"ei {words[0]}: {reason}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"ei {words[0]}: interrupted", file=sys.stderr)

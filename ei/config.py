@@ -6,7 +6,7 @@ Field names are unique over all sections, so that each is one flag: ``--backbone
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args, get_origin, get_type_hints
 
 import yaml
 from tyro.constructors import PrimitiveConstructorSpec
@@ -43,7 +43,7 @@ class DataConfig:
     classes: Names = ()
     """Order of the classes of a single label column; empty: sorted by name."""
     images: Literal["mean", "one"] = "mean"
-    """Of several images per modality: the mean of their features, or one (random in training, else the first)."""
+    """Of several files per modality: the mean of their features, or one file (random in training, else the first)."""
     slices: int = 4
     """Slices taken from a volume: one from each of so many equal parts, random in training, else the middle."""
     image_size: int = 224
@@ -253,24 +253,26 @@ def _refuse_unknown(what: str, given: Mapping[str, Any], known: Any) -> None:
 
 
 def _as_field(kind: type, key: str, value: Any) -> Any:
-    default = kind.__dataclass_fields__[key]  # type: ignore[attr-defined]
-    example = default.default
-    if isinstance(example, tuple):
+    """A YAML value as the field's type; YAML writes some names and numbers in ways of its own."""
+    declared = get_type_hints(kind)[key]
+    if get_origin(declared) is tuple:
         values = value.split(",") if isinstance(value, str) else value
         if not isinstance(values, (list, tuple)):
             raise ValueError(f"{key} must be a list, got {value!r}")
-        return tuple(values)
-    if isinstance(example, bool):
-        valid = isinstance(value, bool)
-    elif isinstance(example, float):
-        # YAML reads 1e-3 as a string, because its floats need a dot.
-        if isinstance(value, str):
-            value = float(value)
-        valid, value = isinstance(value, (int, float)) and not isinstance(value, bool), float(value)
-    elif isinstance(example, int):
-        valid = isinstance(value, int) and not isinstance(value, bool)
-    else:
-        valid, value = isinstance(value, (str, int)), str(value)
-    if not valid:
-        raise ValueError(f"{key} must be of the kind of {example!r}, got {value!r}")
-    return value
+        return tuple(_as_scalar(key, item, get_args(declared)[0]) for item in values)
+    return _as_scalar(key, value, str if get_origin(declared) is Literal else declared)
+
+
+def _as_scalar(key: str, value: Any, kind: type) -> Any:
+    if kind is bool and isinstance(value, bool):
+        return value
+    # YAML reads yes, no, on and off as booleans, and 1e-3 as a string, because its floats need a dot.
+    if kind is not bool and not isinstance(value, bool) and isinstance(value, (str, int, float)):
+        try:
+            converted = kind(value.strip() if isinstance(value, str) else value)
+        except ValueError:
+            converted = None
+        if converted is not None and not (kind is int and converted != float(value)):
+            return converted
+    wanted = {bool: "true or false", int: "an integer", float: "a number", str: "text (quote yes, no, on, off)"}[kind]
+    raise ValueError(f"{key} must be {wanted}, got {value!r}")

@@ -24,7 +24,7 @@ from ei.models import UniModal
 from ei.progress import track
 from ei.report import write_report
 from ei.run_folder import RunFolder
-from ei.runs import load
+from ei.runs import best_checkpoint, load, manifest_hash
 from ei.runtime import arithmetic, choose_device
 from mor import MoRLinear, record_gates
 from mor.files import write_atomically
@@ -98,6 +98,11 @@ def evaluate(run: str | Path) -> dict[str, Any]:
     folder = RunFolder(Path(run))
     model, config = load(run)
     manifest = read_manifest(config.data.manifest, config.data, classes=config.data.classes)
+    if manifest_hash(config) != best_checkpoint(folder).notes["manifest"]:
+        raise ValueError(
+            f"{config.data.manifest} is not what it was when {folder.path} was trained, so test rows may have been"
+            " trained on; restore it, or use ei predict on a manifest of new samples"
+        )
     splits = {name: rows for name in EVALUATED if (rows := manifest.split(name))}
     if not splits:
         raise ValueError(f"{config.data.manifest} has neither val nor test rows, so there is nothing to evaluate on")

@@ -7,13 +7,18 @@ from urllib.parse import quote
 
 @dataclass(frozen=True)
 class StageFolder:
-    """Where one stage writes: ``metrics.jsonl`` (a line per epoch), and its best and last trained parameters."""
+    """Where one stage writes: ``metrics.jsonl`` (a line per epoch), its best and last trained parameters, and at the
+    end an empty file ``finished``."""
 
     path: Path
 
     @property
     def history(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def finished(self) -> Path:
+        return self.path / "finished"
 
     @property
     def best(self) -> Path:

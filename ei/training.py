@@ -3,13 +3,11 @@
 Source: arXiv 2603.17514, section 3.5 (Algorithm 1) and section 4.1.
 """
 
-import hashlib
 import json
 import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,7 @@ from ei.metrics import summarise
 from ei.models import LateFusion, build_model
 from ei.progress import say, track
 from ei.run_folder import RunFolder, StageFolder
-from ei.runs import load_trunk, stage1_checkpoint
+from ei.runs import load_trunk, manifest_hash, stage1_checkpoint
 from ei.runtime import arithmetic, choose_device, fingerprint, seed_everything
 from mor import trainable_parameters
 
@@ -58,6 +56,8 @@ def train(config: Config, run: str | Path) -> Path:
     _require_measurable(manifest)
     _make_empty(folder)
     device = choose_device(config.train.device)
+    with torch.device("meta"):  # settings that do not fit show now, not after hours of stage 1
+        build_model(config, len(manifest.classes))
     trunk = load_trunk(config)
     stage = Stage(config, manifest, device, fingerprint(trunk))
     classes = len(manifest.classes)
@@ -73,6 +73,7 @@ def train(config: Config, run: str | Path) -> Path:
         if modality in taken:
             restore(model, taken[modality].parameters)
             write_checkpoint(folder.stage1(modality).best, taken[modality].parameters, taken[modality].notes)
+            folder.stage1(modality).finished.touch()
         else:
             stage.fit(model, folder.stage1(modality), f"stage 1, {modality}", gate_prior=None)
         stage1[modality] = trained_state(model)
@@ -101,7 +102,7 @@ class Stage:
     config: Config
     manifest: Manifest
     device: torch.device
-    trunk: str  # fingerprint of the frozen weights
+    trunk: dict[str, list[float]]  # fingerprint of the frozen weights
 
     def fit(self, model: nn.Module, folder: StageFolder, title: str, *, gate_prior: int | None) -> None:
         """Train until validation stops improving, or for all epochs; leaves the model at its best.
@@ -153,18 +154,15 @@ class Stage:
                 say(f"{title}: no better mAP in {settings.patience} validations, stopped")
                 break
         restore(model, read_checkpoint(folder.best).parameters)
+        folder.finished.touch()
 
     def taken_over(self) -> dict[str, Checkpoint]:
         """Stage 1 of another run, if the configuration names one."""
         source = self.config.train.stage1_from
         return {
-            modality: stage1_checkpoint(source, modality, self.config, self.manifest_hash, self.trunk)
+            modality: stage1_checkpoint(source, modality, self.config, self.trunk)
             for modality in (self.manifest.modalities if source else ())
         }
-
-    @cached_property
-    def manifest_hash(self) -> str:
-        return hashlib.sha256(Path(self.config.data.manifest).read_bytes()).hexdigest()
 
     def mean_average_precision(self, model: nn.Module, rows: Sequence[Row]) -> float:
         """mAP of a model on rows, without augmentation."""
@@ -209,7 +207,7 @@ class Stage:
     def _keep(self, model: nn.Module, folder: StageFolder, record: dict[str, Any], is_best: bool) -> None:
         state = trained_state(model)
         notes = {"epoch": record["epoch"], "step": record["step"], "val": record["val"]}
-        notes |= {"trunk": self.trunk, "manifest": self.manifest_hash}
+        notes |= {"trunk": self.trunk, "manifest": manifest_hash(self.config)}
         write_checkpoint(folder.last, state, notes)
         if is_best:
             write_checkpoint(folder.best, state, notes)
@@ -252,7 +250,13 @@ def _resolve(config: Config, manifest: Manifest) -> Config:
         raise ValueError(f"gate_prior must be one of {', '.join(manifest.modalities)}, got '{prior}'")
     data = replace(config.data, classes=manifest.classes, manifest=str(Path(config.data.manifest).resolve()))
     weights = str(Path(config.model.weights).resolve()) if config.model.weights else ""
-    return replace(config, data=data, model=replace(config.model, weights=weights))
+    source = str(Path(config.train.stage1_from).resolve()) if config.train.stage1_from else ""
+    return replace(
+        config,
+        data=data,
+        model=replace(config.model, weights=weights),
+        train=replace(config.train, stage1_from=source),
+    )
 
 
 def _require_measurable(manifest: Manifest) -> None:

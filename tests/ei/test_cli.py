@@ -121,11 +121,13 @@ def test_params_is_quick():
 
 
 def test_without_its_extra_ei_says_what_to_install(tmp_path):
-    """A stand-in for an installation without tyro and timm."""
-    for name in ("tyro", "timm"):
-        (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError('no {name}', name='{name}')")
-    for code in ("from ei.__main__ import main; raise SystemExit(main())", "import ei; ei.train"):
-        path = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {code}"
+    """Stand-ins for installations without tyro, and without timm."""
+    command = "from ei.__main__ import main; sys.argv = 'ei params --modalities a,b --classes 2'.split(); exit(main())"
+    for missing, code in (("tyro", command), ("timm", command), ("timm", "import ei; ei.train")):
+        folder = tmp_path / missing
+        folder.mkdir(exist_ok=True)
+        (folder / f"{missing}.py").write_text(f"raise ModuleNotFoundError('no {missing}', name='{missing}')")
+        path = f"import sys; sys.path.insert(0, {str(folder)!r}); {code}"
         done = subprocess.run([sys.executable, "-c", path], capture_output=True, text=True)
         assert done.returncode == 1
         assert "comes with its extra: pip install 'mixture-of-ranks[ei]'" in done.stderr.splitlines()[-1]

@@ -33,10 +33,13 @@ def test_what_is_left_out_has_its_default(tmp_path):
 
 
 def test_yaml_spellings_of_numbers_and_lists(tmp_path):
-    (tmp_path / "c.yaml").write_text("train: {lr: 1e-4, stages: 2}\ndata: {modalities: 'a,b'}\nmodel: {ranks: [4]}\n")
+    text = "train: {lr: 1e-4, stages: 2}\ndata: {modalities: 'a, b', classes: [0, 1]}\n"
+    text += "model: {ranks: '2,4', alphas: [1]}\n"
+    (tmp_path / "c.yaml").write_text(text)
     config = Config.load(tmp_path / "c.yaml")
     assert (config.train.lr, config.train.stages) == (1e-4, "2")
-    assert (config.data.modalities, config.model.ranks) == (("a", "b"), (4,))
+    assert (config.data.modalities, config.data.classes) == (("a", "b"), ("0", "1"))
+    assert (config.model.ranks, config.model.alphas) == ((2, 4), (1.0,))
 
 
 @pytest.mark.parametrize(
@@ -44,10 +47,14 @@ def test_yaml_spellings_of_numbers_and_lists(tmp_path):
     [
         ("training: {}", "unknown section: training; known are data, model, train"),
         ("train: {epoch: 3}", "unknown field of section 'train': epoch; known are optimizer,"),
-        ("train: {epochs: many}", "epochs must be of the kind of 200, got 'many'"),
-        ("train: {epochs: 2.5}", "epochs must be of the kind of 200"),
-        ("train: {lr: fast}", "could not convert"),
-        ("model: {bypass: 1}", "bypass must be of the kind of True, got 1"),
+        ("train: {epochs: many}", "epochs must be an integer, got 'many'"),
+        ("train: {epochs: 2.5}", "epochs must be an integer, got 2.5"),
+        ("train: {epochs: true}", "epochs must be an integer, got True"),
+        ("train: {lr: fast}", "lr must be a number, got 'fast'"),
+        ("train: {lr: }", "lr must be a number, got None"),
+        ("model: {bypass: 1}", "bypass must be true or false, got 1"),
+        ("data: {classes: [no, yes]}", r"classes must be text \(quote yes, no, on, off\), got False"),
+        ("data: {std: [a, b, c]}", "std must be a number, got 'a'"),
         ("model: {ranks: 4}", "ranks must be a list, got 4"),
         ("model: {adapter: dora}", "adapter must be one of mor, lora, loramoe, frozen, full, got 'dora'"),
         ("data: [a]", "section 'data' must hold"),

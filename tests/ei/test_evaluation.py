@@ -8,9 +8,12 @@ import pytest
 import torch
 
 from ei import evaluate, load, predict
+from ei.checkpoint import read_checkpoint, write_checkpoint
 from ei.config import Config
 from ei.data.manifest import read_manifest
 from ei.evaluation import label_text, metrics_table, predict_rows, probabilities
+from ei.runs import load_trunk
+from mor import trainable_parameters
 
 
 @pytest.fixture
@@ -113,6 +116,30 @@ def test_load_gives_the_models_of_stage_1_too(finished):
     assert model.modality == "oct"
     with pytest.raises(ValueError, match="modality must be one of"):
         load(finished, "mri")
+
+
+def test_load_takes_the_best_not_the_last(run):
+    best = read_checkpoint(run / "stage2/best.safetensors")
+    other = {name: tensor + 1 for name, tensor in best.parameters.items()}
+    write_checkpoint(run / "stage2/last.safetensors", other, best.notes)
+    model, _ = load(run)
+    loaded = trainable_parameters(model)
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in best.parameters.items())
+
+
+def test_loading_leaves_the_callers_random_numbers_alone(finished):
+    torch.manual_seed(11)
+    expected = torch.rand(3)
+    torch.manual_seed(11)
+    load_trunk(Config.load(finished / "config.yaml"))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_manifest_that_was_changed_since_training_is_refused(run):
+    path = run.parent / "study/manifest.csv"
+    path.write_text(path.read_text().replace(",train0,train,", ",train0,test,"))
+    with pytest.raises(ValueError, match="is not what it was when .* test rows may have been trained on"):
+        evaluate(run)
 
 
 def test_another_frozen_backbone_is_refused(run):

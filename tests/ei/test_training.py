@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -21,6 +22,7 @@ def test_a_run_folder_is_complete(finished):
     files = {str(path.relative_to(finished)) for path in finished.rglob("*") if path.is_file()}
     stages = ("stage1/cfp", "stage1/oct", "stage2")
     kept = {f"{stage}/{name}" for stage in stages for name in ("metrics.jsonl", "best.safetensors", "last.safetensors")}
+    kept |= {f"{stage}/finished" for stage in stages}
     results = {"metrics.json", "predictions.csv", "gates.json", "report.html"}
     assert files == kept | results | {"config.yaml"}
 
@@ -89,6 +91,57 @@ def test_stage_1_of_other_data_is_refused(finished, manifest, tmp_path):
     finally:
         moved.write_text(text)
     assert not (tmp_path / "run").exists()
+
+
+def test_stage_1_that_was_interrupted_is_refused(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "interrupted")
+    (tmp_path / "interrupted/stage1/oct/finished").unlink()
+    config = Config.load(finished / "config.yaml")
+    changed = replace(config, train=replace(config.train, stage1_from=str(tmp_path / "interrupted")))
+    with pytest.raises(ValueError, match="its stage 1 of 'oct' is not finished"):
+        train(changed, tmp_path / "run")
+
+
+def test_the_gate_prior_is_the_best_modality_on_the_training_rows(manifest, tmp_path, study_config, monkeypatch):
+    import ei.training as training
+
+    asked, seen = [], []
+    validate, loss = training.Stage._validate, training.loss_terms
+
+    def scores(self, model, rows):
+        if getattr(model, "modality", None) and len(rows) == 12:
+            asked.append((model.modality, {row.split for row in rows}))
+            return {"mAP": {"cfp": 0.4, "oct": 0.6}[model.modality]}
+        return validate(self, model, rows)
+
+    def terms(*args, gate_prior, **kwargs):
+        seen.append(gate_prior)
+        return loss(*args, gate_prior=gate_prior, **kwargs)
+
+    monkeypatch.setattr(training.Stage, "_validate", scores)
+    monkeypatch.setattr(training, "loss_terms", terms)
+    train(study_config(manifest), tmp_path / "run")
+    assert asked == [("cfp", {"train"}), ("oct", {"train"})]
+    assert seen == [None] * 4 + [1] * 2  # stage 1 twice, then stage 2 with oct
+    seen.clear()
+    train(study_config(manifest, gate_prior="cfp"), tmp_path / "told")
+    assert seen[-1] == 0
+
+
+def test_every_epoch_has_an_order_of_its_own(manifest, tmp_path, study_config, monkeypatch):
+    import ei.training as training
+
+    orders = []
+    step = training.Stage._step
+
+    def remember(self, model, batch, *args):
+        orders.append(batch.ids)
+        return step(self, model, batch, *args)
+
+    monkeypatch.setattr(training.Stage, "_step", remember)
+    train(study_config(manifest, epochs=2, stages="2"), tmp_path / "run")
+    first, second = orders[0] + orders[1], orders[2] + orders[3]
+    assert sorted(first) == sorted(second) and first != second
 
 
 def test_the_same_seed_gives_the_same_weights(manifest, tmp_path, study_config):
@@ -190,6 +243,10 @@ def test_faults_come_before_the_folder(manifest, tmp_path, study_config):
         train(replace(config, train=replace(config.train, gate_prior="mri")), tmp_path / "run")
     with pytest.raises(ValueError, match="device 'gpu'"):
         train(replace(config, train=replace(config.train, device="gpu")), tmp_path / "run")
+    for fields in ({"int_at": 4}, {"int_from": 5}, {"ranks": (0,)}, {"targets": ("nothing*",)}):
+        with pytest.raises(ValueError):  # at once, not when stage 2 begins
+            train(replace(config, model=replace(config.model, **fields)), tmp_path / "run")
+        assert not (tmp_path / "run").exists()
     with pytest.raises(ValueError, match="unknown|timm"):
         train(replace(config, model=replace(config.model, backbone="resnet_of_dreams")), tmp_path / "run")
     next(manifest.parent.glob("*.png")).unlink()
@@ -230,7 +287,7 @@ def test_nothing_that_is_not_finite_reaches_a_weight(manifest, tmp_path, monkeyp
     config = replace(config, model=replace(config.model, detach_fusion=False))
     with pytest.raises(TrainingError, match="not finite for the samples train"):
         train(config, tmp_path / "run")
-    assert all(parameter.isfinite().all() for parameter in seen[0].parameters())
+    assert all(parameter.isfinite().all() for parameter in seen[-1].parameters())
 
 
 def test_a_file_that_vanishes_stops_the_run(manifest, tmp_path, monkeypatch, study_config):
