@@ -6,14 +6,14 @@ Source: arXiv 2603.17514, section 3.5 (Algorithm 1) and section 4.1.
 import json
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ei.checkpoint import Checkpoint, read_checkpoint, restore, trained_state, write_checkpoint
 from ei.config import Config, TrainConfig
@@ -23,7 +23,7 @@ from ei.data.sample import Batch
 from ei.evaluation import evaluate, predict_rows
 from ei.losses import loss_terms
 from ei.metrics import summarise
-from ei.models import LateFusion, build_model
+from ei.models import Backbone, LateFusion, build_model
 from ei.progress import say, track
 from ei.run_folder import RunFolder, StageFolder
 from ei.runs import load_trunk, manifest_hash, stage1_checkpoint
@@ -59,36 +59,19 @@ def train(config: Config, run: str | Path) -> Path:
     with torch.device("meta"):  # settings that do not fit show now, not after hours of stage 1
         build_model(config, len(manifest.classes))
     trunk = load_trunk(config)
-    stage = Stage(config, manifest, device, fingerprint(trunk))
-    classes = len(manifest.classes)
-    taken = stage.taken_over()
+    stages = Stages(config, manifest, device, trunk, fingerprint(trunk))
+    taken = stages.taken_over()
     folder.path.mkdir(parents=True, exist_ok=True)
     config.save(folder.config)
 
-    stage1 = {}
-    scores = {}
+    stage1, scores = {}, {}
     for modality in manifest.modalities if config.train.stages == "both" else ():
-        seed_everything(config.train.seed)
-        model = build_model(config, classes, modality=modality, trunk=trunk).to(device)
-        if modality in taken:
-            restore(model, taken[modality].parameters)
-            write_checkpoint(folder.stage1(modality).best, taken[modality].parameters, taken[modality].notes)
-            folder.stage1(modality).finished.touch()
-        else:
-            stage.fit(model, folder.stage1(modality), f"stage 1, {modality}", gate_prior=None)
+        model, scores[modality] = stages.first(modality, folder.stage1(modality), taken.get(modality))
         stage1[modality] = trained_state(model)
-        scores[modality] = stage.mean_average_precision(model, manifest.split("train"))
-
-    seed_everything(config.train.seed)
-    model = build_model(config, classes, trunk=trunk)
-    if stage1:
-        assert isinstance(model, LateFusion)
-        model.start_from(stage1)
-    prior = config.train.gate_prior or (max(scores, key=scores.__getitem__) if scores else None)
+    prior = config.train.gate_prior or (max(scores, key=scores.__getitem__) if scores else "")
     if prior:
         say(f"gate prior: {prior}" + "".join(f"  {name} {score:.3f}" for name, score in scores.items()))
-    gate_prior = manifest.modalities.index(prior) if prior else None
-    stage.fit(model.to(device), folder.stage2, "stage 2", gate_prior=gate_prior)
+    stages.second(stage1, folder.stage2, prior)
 
     if manifest.split("val") or manifest.split("test"):
         evaluate(folder.path)
@@ -96,13 +79,38 @@ def train(config: Config, run: str | Path) -> Path:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """The loop, and what both stages have in common."""
+class Stages:
+    """The two stages, and the loop that both run."""
 
     config: Config
     manifest: Manifest
     device: torch.device
-    trunk: dict[str, list[float]]  # fingerprint of the frozen weights
+    trunk: Backbone
+    fingerprint: dict[str, list[float]]  # of the trunk's frozen weights
+
+    def first(self, modality: str, folder: StageFolder, taken: Checkpoint | None) -> tuple[nn.Module, float]:
+        """One modality alone, trained or taken over; its model and its mAP on the training rows."""
+        alone = replace(self, config=replace(self.config, data=replace(self.config.data, modalities=(modality,))))
+        seed_everything(self.config.train.seed)
+        model = build_model(alone.config, len(self.manifest.classes), modality=modality, trunk=self.trunk)
+        model.to(self.device)
+        if taken:
+            restore(model, taken.parameters)
+            write_checkpoint(folder.best, taken.parameters, taken.notes)
+            folder.finished.touch()
+        else:
+            alone.fit(model, folder, f"stage 1, {modality}", gate_prior=None)
+        return model, alone._validate(model, self.manifest.split("train"))["mAP"]
+
+    def second(self, stage1: Mapping[str, Mapping[str, Tensor]], folder: StageFolder, prior: str) -> None:
+        """All modalities together, from what each has learned alone (nothing: from the backbone)."""
+        seed_everything(self.config.train.seed)
+        model = build_model(self.config, len(self.manifest.classes), trunk=self.trunk)
+        if stage1:
+            assert isinstance(model, LateFusion)
+            model.start_from(stage1)
+        gate_prior = self.manifest.modalities.index(prior) if prior else None
+        self.fit(model.to(self.device), folder, "stage 2", gate_prior=gate_prior)
 
     def fit(self, model: nn.Module, folder: StageFolder, title: str, *, gate_prior: int | None) -> None:
         """Train until validation stops improving, or for all epochs; leaves the model at its best.
@@ -160,13 +168,9 @@ class Stage:
         """Stage 1 of another run, if the configuration names one."""
         source = self.config.train.stage1_from
         return {
-            modality: stage1_checkpoint(source, modality, self.config, self.trunk)
+            modality: stage1_checkpoint(source, modality, self.config, self.fingerprint)
             for modality in (self.manifest.modalities if source else ())
         }
-
-    def mean_average_precision(self, model: nn.Module, rows: Sequence[Row]) -> float:
-        """mAP of a model on rows, without augmentation."""
-        return self._validate(model, rows)["mAP"]
 
     def _step(
         self, model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer, gate_prior: int | None
@@ -207,7 +211,7 @@ class Stage:
     def _keep(self, model: nn.Module, folder: StageFolder, record: dict[str, Any], is_best: bool) -> None:
         state = trained_state(model)
         notes = {"epoch": record["epoch"], "step": record["step"], "val": record["val"]}
-        notes |= {"trunk": self.trunk, "manifest": manifest_hash(self.config)}
+        notes |= {"trunk": self.fingerprint, "manifest": manifest_hash(self.config)}
         write_checkpoint(folder.last, state, notes)
         if is_best:
             write_checkpoint(folder.best, state, notes)

@@ -82,14 +82,15 @@ def test_stage_1_of_other_data_is_refused(finished, manifest, tmp_path):
     changed = replace(config, data=other, train=replace(config.train, stage1_from=str(finished), seed=9))
     with pytest.raises(ValueError, match="its manifest, image_size, weights of the backbone differ"):
         train(changed, tmp_path / "run")
-    moved = finished.parent / "study/manifest.csv"
-    text = moved.read_text()
+    table = finished.parent / "study/manifest.csv"
+    content = table.read_bytes()
+    swapped = content.replace(b",train,", b",swap,").replace(b",test,", b",train,").replace(b",swap,", b",test,")
     try:
-        moved.write_text(text.replace(",train,", ",swap,").replace(",test,", ",train,").replace(",swap,", ",test,"))
+        table.write_bytes(swapped)
         with pytest.raises(ValueError, match="its content of the manifest differ"):
             train(replace(config, train=replace(config.train, stage1_from=str(finished))), tmp_path / "run")
     finally:
-        moved.write_text(text)
+        table.write_bytes(content)
     assert not (tmp_path / "run").exists()
 
 
@@ -106,7 +107,7 @@ def test_the_gate_prior_is_the_best_modality_on_the_training_rows(manifest, tmp_
     import ei.training as training
 
     asked, seen = [], []
-    validate, loss = training.Stage._validate, training.loss_terms
+    validate, loss = training.Stages._validate, training.loss_terms
 
     def scores(self, model, rows):
         if getattr(model, "modality", None) and len(rows) == 12:
@@ -118,7 +119,7 @@ def test_the_gate_prior_is_the_best_modality_on_the_training_rows(manifest, tmp_
         seen.append(gate_prior)
         return loss(*args, gate_prior=gate_prior, **kwargs)
 
-    monkeypatch.setattr(training.Stage, "_validate", scores)
+    monkeypatch.setattr(training.Stages, "_validate", scores)
     monkeypatch.setattr(training, "loss_terms", terms)
     train(study_config(manifest), tmp_path / "run")
     assert asked == [("cfp", {"train"}), ("oct", {"train"})]
@@ -128,17 +129,32 @@ def test_the_gate_prior_is_the_best_modality_on_the_training_rows(manifest, tmp_
     assert seen[-1] == 0
 
 
+def test_stage_1_reads_the_images_of_its_modality_alone(manifest, tmp_path, study_config, monkeypatch):
+    import ei.training as training
+
+    read = []
+    step = training.Stages._step
+
+    def remember(self, model, batch, *args):
+        read.append(set(batch.images))
+        return step(self, model, batch, *args)
+
+    monkeypatch.setattr(training.Stages, "_step", remember)
+    train(study_config(manifest), tmp_path / "run")
+    assert read == [{"cfp"}] * 2 + [{"oct"}] * 2 + [{"cfp", "oct"}] * 2
+
+
 def test_every_epoch_has_an_order_of_its_own(manifest, tmp_path, study_config, monkeypatch):
     import ei.training as training
 
     orders = []
-    step = training.Stage._step
+    step = training.Stages._step
 
     def remember(self, model, batch, *args):
         orders.append(batch.ids)
         return step(self, model, batch, *args)
 
-    monkeypatch.setattr(training.Stage, "_step", remember)
+    monkeypatch.setattr(training.Stages, "_step", remember)
     train(study_config(manifest, epochs=2, stages="2"), tmp_path / "run")
     first, second = orders[0] + orders[1], orders[2] + orders[3]
     assert sorted(first) == sorted(second) and first != second
@@ -282,7 +298,7 @@ def test_nothing_that_is_not_finite_reaches_a_weight(manifest, tmp_path, monkeyp
 
     build = training.build_model
     monkeypatch.setattr(training, "build_model", poisoned)
-    monkeypatch.setattr(training.Stage, "_validate", lambda *_: {"mAP": 0.0})
+    monkeypatch.setattr(training.Stages, "_validate", lambda *_: {"mAP": 0.0})
     config = study_config(manifest, stages="2")
     config = replace(config, model=replace(config.model, detach_fusion=False))
     with pytest.raises(TrainingError, match="not finite for the samples train"):
