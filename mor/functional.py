@@ -104,8 +104,8 @@ def mor_gates(x: Tensor, router_weight: Tensor, router_bias: Tensor | None) -> T
 
 
 def _in_autocast(device: str) -> bool:
-    # Some devices, meta among them, have no autocast, and must not be asked.
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    # The meta device has no autocast, and must not be asked.
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def _eager(
@@ -181,7 +181,9 @@ class _Concatenated(torch.autograd.Function):
             h = h.clone()  # lets go of the logits beside it, which would be kept for backward
             gates = _softmax(logits, None if router_bias is None else router_bias[:, None], dim=0)  # (G, T)
         y = F.linear(x, *_cast_base(weight, bias, base_dtype))  # (T, O)
-        y.addmm_(_weigh(h, gates, ranks, scaling, dim=0).T, B)
+        gated = _weigh(h, gates, ranks, scaling, dim=0).T
+        # In place saves a copy of y; but torch 2.11 compiles that to gradients of zero, without a word.
+        y = torch.addmm(y, gated, B) if torch.compiler.is_compiling() else y.addmm_(gated, B)
         ctx.save_for_backward(x, weight, A, B, router_weight, h, gates)
         ctx.settings = settings
         ctx.bias_dtypes = [None if tensor is None else tensor.dtype for tensor in (bias, router_bias)]

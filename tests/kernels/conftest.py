@@ -26,6 +26,25 @@ def kernels_can_run() -> None:
     )
 
 
+@pytest.fixture(autouse=True, scope="session")
+def interpreter_works(kernels_can_run: None) -> None:
+    """Triton 3.6 makes integers of arrays of one element, which numpy 2.5 has forbidden."""
+    import numpy
+    import triton
+    import triton.language as tl
+    from triton.runtime.errors import InterpreterError
+
+    @triton.jit
+    def fill(out, count):
+        for i in range(count):
+            tl.store(out + i, 1.0)
+
+    try:
+        fill[(1,)](torch.zeros(3, device=DEVICE), 3)
+    except InterpreterError:
+        pytest.skip(f"the interpreter of triton {triton.__version__} does not work with numpy {numpy.__version__}")
+
+
 @pytest.fixture
 def device() -> str:
     return DEVICE

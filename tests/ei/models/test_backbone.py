@@ -161,7 +161,7 @@ def test_adapters(trunk: Backbone, settings: dict, ranks: tuple[int, ...], bypas
     assert list(layers) == [f"vit.blocks.{block}.mlp.{fc}" for block in range(4) for fc in ("fc1", "fc2")]
     for layer in layers.values():
         assert (layer.config.ranks, layer.config.bypass) == (ranks, bypass)
-        assert layer.config.alphas == tuple(2.0 * rank for rank in ranks)
+        assert set(layer.config.scaling) == {2.0}
 
 
 def test_alphas_dropout_and_targets_are_passed_on(trunk: Backbone) -> None:
