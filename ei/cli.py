@@ -113,7 +113,7 @@ def run(words: Sequence[str]) -> int:
         print(f"ei {words[0]}: {reason}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"ei {words[0]}: interrupted", file=sys.stderr)
+        print(f"ei {words[0]}: interrupted; finished epochs are kept, but it cannot be resumed", file=sys.stderr)
         return 130
     return 0
 

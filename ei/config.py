@@ -74,6 +74,7 @@ class DataConfig:
         _require(0 <= self.flip <= 1, "flip", "between 0 and 1", self.flip)
         _require(0 <= self.jitter < 1, "jitter", "at least 0 and less than 1", self.jitter)
         for name, values in (("modalities", self.modalities), ("labels", self.labels), ("classes", self.classes)):
+            _require(not isinstance(values, str), name, "a tuple of names", values)
             _require(len(set(values)) == len(values), name, "without repetition", values)
         for modality in self.modalities:
             # Folders and columns of results are named after modalities.

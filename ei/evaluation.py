@@ -73,7 +73,10 @@ def predict_rows(
     together = torch.cat(logits)
     if not together.isfinite().all():
         bad = [name for name, finite in zip(ids, together.isfinite().all(1), strict=True) if not finite]
-        raise ValueError(f"the model gives numbers that are not finite for {', '.join(bad[:8])}")
+        raise ValueError(
+            f"the model gives numbers that are not finite for {', '.join(bad[:8])} ({what}); if this is while training,"
+            " it has diverged: lower lr"
+        )
     return Predictions(
         logits=together.numpy(),
         modality_logits={modality: torch.cat(values).numpy() for modality, values in each.items()},
@@ -139,6 +142,8 @@ def predict(run: str | Path, manifest: str | Path, out: str | Path) -> None:
     Raises:
         ValueError: the run or the manifest cannot be used.
     """
+    if Path(out).is_dir() or Path(out).resolve() == Path(manifest).resolve():
+        raise ValueError(f"out must be a file of its own, got {out}")
     model, config = load(run)
     table = read_manifest(manifest, config.data, classes=config.data.classes, labelled=False)
     device = choose_device(config.train.device)
@@ -233,7 +238,9 @@ def metrics_table(run: str | Path) -> list[str]:
     lines = []
     for split, measured in metrics["splits"].items():
         fused = measured["fused"]
-        lines.append(f"{split}: {fused['samples']} samples of {fused['patients']} patients, 95 % intervals by patient")
+        few = fused["overall"]["mAP"]["low"] is None
+        intervals = "no intervals (fewer than 5 patients, or --bootstrap 0)" if few else "95 % intervals by patient"
+        lines.append(f"{split}: {fused['samples']} samples, patients: {fused['patients']}, {intervals}")
         lines.append(" " * width + "".join(f"  {name:<20}" for name in names))
         for source, figures in {"fused": fused, **measured["modalities"]}.items():
             cells = "".join(f"  {_interval(figures['overall'][name]):<20}" for name in names)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ei.checkpoint import Checkpoint, read_checkpoint, restore, trained_state, write_checkpoint
 from ei.config import Config, TrainConfig
 from ei.data.loaders import training_loader
-from ei.data.manifest import Manifest, Row, read_manifest
+from ei.data.manifest import SPLITS, Manifest, Row, read_manifest
 from ei.data.sample import Batch
 from ei.evaluation import evaluate, predict_rows
 from ei.losses import loss_terms
@@ -59,6 +59,9 @@ def train(config: Config, run: str | Path) -> Path:
     with torch.device("meta"):  # settings that do not fit show now, not after hours of stage 1
         build_model(config, len(manifest.classes))
     trunk = load_trunk(config)
+    is_random = not config.model.weights and (config.model.backbone == "tiny" or not config.model.pretrained)
+    if is_random and config.model.adapter != "full":
+        say("note: the backbone has random weights, and they are frozen; --weights, or --adapter full, may be meant")
     stages = Stages(config, manifest, device, trunk, fingerprint(trunk))
     taken = stages.taken_over()
     folder.path.mkdir(parents=True, exist_ok=True)
@@ -161,8 +164,11 @@ class Stages:
             if since_best >= settings.patience:
                 say(f"{title}: no better mAP in {settings.patience} validations, stopped")
                 break
-        restore(model, read_checkpoint(folder.best).parameters)
+        chosen = read_checkpoint(folder.best)
+        restore(model, chosen.parameters)
         folder.finished.touch()
+        if chosen.notes["epoch"] == 0:
+            say(f"{title}: the best mAP was that before the first step; training did not improve it")
 
     def taken_over(self) -> dict[str, Checkpoint]:
         """Stage 1 of another run, if the configuration names one."""
@@ -264,12 +270,28 @@ def _resolve(config: Config, manifest: Manifest) -> Config:
 
 
 def _require_measurable(manifest: Manifest) -> None:
-    """The mAP of the training rows chooses the gate prior, that of the validation rows the best epoch."""
+    """Every class can be learned; and the mAP that chooses the gate prior and the best epoch exists."""
+    counts = {split: _positives(manifest, split).sum(0) for split in SPLITS}
+    unseen = [name for name, count in zip(manifest.classes, counts["train"], strict=True) if not count]
+    if unseen:
+        raise ValueError(f"no train row is of class {', '.join(unseen)}; is a label misspelt, or a split wrong?")
     for split in ("train", "val"):
-        labels = np.array([row.label for row in manifest.split(split)])
-        positives = labels if manifest.multi_label else labels[:, None] == np.arange(len(manifest.classes))
-        if len(labels) and not any(0 < column.sum() < len(labels) for column in positives.T):
-            raise ValueError(f"the {split} rows must have a class that some of them are of and others are not")
+        rows = len(manifest.split(split))
+        if rows and not any(0 < count < rows for count in counts[split]):
+            raise ValueError(
+                f"the {split} rows are all alike, so no average precision can be computed on them; add {split} rows of"
+                " other classes, or leave val out altogether to train for exactly --epochs epochs"
+            )
+    numbers = zip(manifest.classes, *counts.values(), strict=True)
+    say(f"classes, {'/'.join(SPLITS)} rows: " + ", ".join(f"{name} {a}/{b}/{c}" for name, a, b, c in numbers))
+
+
+def _positives(manifest: Manifest, split: str) -> np.ndarray:
+    """(N, C) bool: which rows of a split are of which class."""
+    labels = [row.label for row in manifest.split(split)]
+    if manifest.multi_label:
+        return np.array(labels, dtype=bool).reshape(len(labels), len(manifest.classes))
+    return np.array(labels, dtype=int)[:, None] == np.arange(len(manifest.classes))
 
 
 def _make_empty(folder: RunFolder) -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 SEQUENCES = ("FLAIR", "T1", "T2", "T1POST")
 CLASSES = ("no_lesion", "lesion")
 
-if len(sys.argv) != 3:
+if len(sys.argv) != 3 or not Path(sys.argv[1]).is_file():
     sys.exit(__doc__)
 source, out = np.load(sys.argv[1], allow_pickle=False), Path(sys.argv[2])
 if missing := {*SEQUENCES, "label", "patient"} - set(source.files):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from mor.config import MoRConfig
 from mor.files import write_atomically
-from mor.injection import eject, inject_names, injection_of, mor_layers
+from mor.injection import eject, inject_names, injection_of, mor_layers, trainable_parameters
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -35,8 +36,9 @@ def save(model: nn.Module, directory: str | os.PathLike[str], extra: str | Seque
     Raises:
         ValueError: the model was not injected, is on the meta device, or a pattern matches nothing.
 
-    The file's hash is part of config.json: a file that was damaged, exchanged or only half written is
-    recognised by :func:`load`.
+    Parameters that are trainable and not saved, such as a forgotten head, give a warning. The file's hash is part
+    of config.json: a file that was damaged, exchanged or only half written is recognised by :func:`load`. Whether
+    an adapter is later put on the same frozen weights is not checked.
     """
     injection = injection_of(model)
     state = model.state_dict()
@@ -46,6 +48,8 @@ def save(model: nn.Module, directory: str | os.PathLike[str], extra: str | Seque
     if any(state[name].is_meta for name in saved):
         raise ValueError("model must hold its weights to be saved, but it is on the meta device")
     # Copies, because the format has no notion of tensors that share memory.
+    if left_out := sorted(set(trainable_parameters(model)) - set(saved)):
+        warnings.warn(f"trainable but not saved: {_few(left_out)}; name them with extra=", stacklevel=2)
     tensors = {name: state[name].detach().cpu().clone(memory_format=torch.contiguous_format) for name in saved}
 
     payload = serialise(tensors, metadata={"format": FORMAT})

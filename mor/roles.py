@@ -115,7 +115,10 @@ def _candidates(linears: Iterable[str], target: str) -> str:
     names = [re.sub(r"\.\d+\.", ".*.", name) for name in linears]
     if not names:
         return "there is no nn.Linear at all"
-    return f"roles are {', '.join(ROLES)}, and names are {_listed(dict.fromkeys(names))}"
+    known = f"roles are {', '.join(ROLES)}, and names are {_listed(dict.fromkeys(names))}"
+    if target in ROLES:
+        return f"it is a role, for transformer blocks; elsewhere a pattern such as '*{target}*' may fit; {known}"
+    return known
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -56,7 +56,7 @@ def test_train_evaluate_predict(study_config, manifest, tmp_path, capsys):
     study_config(manifest).save(tmp_path / "config.yaml")
     out = tmp_path / "run"
     assert run(["train", "--config", str(tmp_path / "config.yaml"), "--stages", "2", "--out", str(out)]) == 0
-    assert "test: 9 samples of 5 patients" in capsys.readouterr().out
+    assert "test: 9 samples, patients: 5, 95 % intervals by patient" in capsys.readouterr().out
     assert run(["evaluate", str(out)]) == 0
     assert str(out / "report.html") in capsys.readouterr().out
     assert run(["predict", str(out), "--manifest", str(manifest), "--out", str(tmp_path / "p.csv")]) == 0

@@ -78,6 +78,7 @@ def test_a_missing_file_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "fields", "message"),
     [
+        (DataConfig, {"labels": "diagnosis"}, "labels must be a tuple of names, got 'diagnosis'"),
         (DataConfig, {"modalities": ("a", "a")}, "modalities must be without repetition"),
         (DataConfig, {"modalities": ("fused", "a")}, "modalities must be called other than"),
         (DataConfig, {"modalities": (".hidden",)}, "modalities must be called other than"),

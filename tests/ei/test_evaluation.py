@@ -95,6 +95,15 @@ def test_predict_without_labels(run, tmp_path):
         assert one["fused:dark"] == other["fused:dark"] and one["weight:oct"] == other["weight:oct"]
 
 
+def test_predictions_never_replace_their_manifest(run):
+    manifest = run.parent / "study/manifest.csv"
+    before = manifest.read_bytes()
+    for out in (manifest, manifest.parent / "../study/manifest.csv", run):
+        with pytest.raises(ValueError, match="out must be a file of its own"):
+            predict(run, manifest, out)
+    assert manifest.read_bytes() == before
+
+
 def test_batch_size_does_not_matter(finished):
     model, config = load(finished)
     rows = read_manifest(config.data.manifest, config.data, classes=config.data.classes).split("test")
@@ -185,5 +194,6 @@ def test_labels_as_text():
 
 def test_metrics_as_text(finished, tmp_path):
     lines = metrics_table(finished)
+    assert lines[0] == "val: 6 samples, patients: 3, no intervals (fewer than 5 patients, or --bootstrap 0)"
     assert any(line.startswith("fused") and "[" in line for line in lines)
     assert "has not been evaluated" in metrics_table(tmp_path)[0]

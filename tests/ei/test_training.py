@@ -248,9 +248,24 @@ def test_rows_that_cannot_be_measured_are_refused(manifest, tmp_path, study_conf
     """With one class only, the mAP that chooses the best epoch would not exist."""
     lines = [line for line in manifest.read_text().splitlines() if f",{split}," not in line or ",grey," in line]
     manifest.write_text("\n".join(lines))
-    with pytest.raises(ValueError, match=f"the {split} rows must have a class that some"):
+    message = {"train": "no train row is of class dark, light", "val": "the val rows are all alike"}[split]
+    with pytest.raises(ValueError, match=message):
         train(study_config(manifest), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_misspelt_class_is_not_a_new_one(manifest, tmp_path, study_config):
+    manifest.write_text(manifest.read_text().replace("test,grey", "test,gray", 1))
+    with pytest.raises(ValueError, match="no train row is of class gray; is a label misspelt"):
+        train(study_config(manifest), tmp_path / "run")
+
+
+def test_an_untrained_best_epoch_and_random_weights_are_said(manifest, tmp_path, study_config, capsys):
+    train(study_config(manifest, lr=1e-12, lr_low=1e-12, stages="2"), tmp_path / "run")
+    said = capsys.readouterr().out
+    assert "the best mAP was that before the first step" in said
+    assert "random weights, and they are frozen" in said
+    assert "classes, train/val/test rows: dark 4/2/3, grey 4/2/3, light 4/2/3" in said
 
 
 def test_faults_come_before_the_folder(manifest, tmp_path, study_config):

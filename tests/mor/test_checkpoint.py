@@ -213,6 +213,13 @@ def test_layers_in_two_places(tmp_path):
     assert loaded["one"] is loaded["two"] and torch.equal(loaded["one"].mor_B, trained["one"].mor_B)
 
 
+def test_a_trained_head_is_not_forgotten_in_silence(trained, tmp_path):
+    trained.head.requires_grad_(True)
+    with pytest.warns(UserWarning, match="trainable but not saved: head.bias, head.weight; name them with extra="):
+        save(trained, tmp_path)
+    save(trained, tmp_path, extra="head.*")
+
+
 def test_bf16_models(trained, plain, images, tmp_path):
     save(trained, tmp_path, extra="head.*")
     load(plain.to(torch.bfloat16), tmp_path)

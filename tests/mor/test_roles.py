@@ -68,6 +68,7 @@ def test_open_clip_towers():
         ({"targets": ["fc3"]}, r"target 'fc3' matches no nn.Linear; roles are qkv, .* blocks.\*.attn.qkv"),
         ({"targets": ["fc", "query"]}, "target 'query' matches no"),
         ({"targets": ["fc"], "exclude": ["typo"]}, "exclude 'typo' matches no"),
+        ({"targets": ["qkv"], "exclude": ["fc1", "fc3*"]}, r"exclude 'fc3\*' matches no"),
         ({"targets": ["fc"], "layers": [3]}, r"layers must be blocks of the model, which has 3, got \[3\]"),
         ({"targets": ["fc"], "layers": []}, "layers must name at least one block"),
         ({"targets": ["head"], "layers": [0]}, "target 'head' matches no nn.Linear in the chosen layers"),
@@ -78,6 +79,11 @@ def test_open_clip_towers():
 def test_a_target_that_matches_nothing(vit, call, message):
     with pytest.raises(ValueError, match=message):
         resolve(vit, **call)
+
+
+def test_a_role_outside_of_blocks_says_so():
+    with pytest.raises(ValueError, match=r"it is a role, .* a pattern such as '\*fc\*'"):
+        resolve(nn.ModuleDict({"fc": nn.Linear(2, 2)}), ["fc"])
 
 
 def test_a_model_without_linear_layers():
