@@ -36,7 +36,7 @@ def mor_linear(
     r"""A frozen linear map plus experts of several ranks, weighted per token.
 
     .. math::
-        g = \mathrm{softmax}(R x + c), \qquad y = W x + b + \sum_i g_i \, s_i \, B_i^T A_i x
+        g = \mathrm{softmax}(W_r x + c), \qquad y = W x + b + \sum_i g_i \, s_i \, B_i^T A_i x
 
     The gates are computed in fp32 or wider. With a bypass, ``g`` has one more entry than there are experts,
     and the experts' weights sum to less than one. The result has the dtype of ``F.linear(x, weight, bias)``,
@@ -48,7 +48,7 @@ def mor_linear(
         bias: b, (O,), or None.
         A: (R, K).
         B: (R, O): transposed, so that an expert's rows are contiguous along O.
-        router_weight: R, (G, K); None only for a single expert without bypass, whose gate is 1.
+        router_weight: W_r, (G, K); None only for a single expert without bypass, whose gate is 1.
         router_bias: c, (G,), or None.
         ranks: Rank of each expert; they sum to R.
         scaling: s, one factor per expert.
@@ -99,7 +99,7 @@ def choose_backend(backend: str, device: torch.device) -> str:
 
 
 def mor_gates(x: Tensor, router_weight: Tensor, router_bias: Tensor | None) -> Tensor:
-    """softmax(R x + c), (..., G), in fp32 or wider."""
+    """softmax(W_r x + c), (..., G), in fp32 or wider."""
     return _softmax(F.linear(x, router_weight), router_bias)
 
 
