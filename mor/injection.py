@@ -156,8 +156,6 @@ def _refuse_injected(model: nn.Module) -> None:
 def _replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
     # A module may hang in several places; every one of them must lead to its replacement.
     for parent in list(model.modules()):
-        if parent in replacements:
-            continue
         for name, child in parent._modules.items():
             if child is not None and child in replacements:
                 parent._modules[name] = replacements[child]
