@@ -73,7 +73,7 @@ def mor_linear(
     >>> mor_linear(x, W, None, A, B, router, None, ranks=[1], scaling=[2.0])
     tensor([[1.]])
     """
-    _check_shapes(x, weight, A, B, router_weight, ranks, scaling, bypass, expert_input)
+    _check_shapes(x, weight.shape, A, B, router_weight, ranks, scaling, bypass, expert_input)
     form = _eager if choose_backend(backend, x.device) == "eager" else _concat
 
     device = x.device.type
@@ -89,6 +89,38 @@ def mor_linear(
     settings = (tuple(ranks), tuple(scaling), dtype if autocast else None)
     with torch.autocast(device, enabled=False) if autocast else nullcontext():
         return form(x, expert_input, weight, bias, A, B, router_weight, router_bias, settings)
+
+
+def mor_branch(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    router_weight: Tensor | None,
+    router_bias: Tensor | None,
+    *,
+    ranks: Sequence[int],
+    scaling: Sequence[float],
+    bypass: bool = True,
+    expert_input: Tensor | None = None,
+) -> Tensor:
+    r"""The experts' part of :func:`mor_linear` alone, :math:`\sum_i g_i \, s_i \, B_i^T A_i x`, (..., O).
+
+    For a base that has to be called because its weight is no plain matrix (quantised ones), and for a second
+    adapter on the same base. Where W is at hand, :func:`mor_linear` is faster.
+
+    >>> A, B, router = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0]]), torch.zeros(2, 2)
+    >>> mor_branch(torch.ones(1, 2), A, B, router, None, ranks=[1], scaling=[2.0])
+    tensor([[1.]])
+    """
+    _check_shapes(x, (B.shape[-1], A.shape[-1]), A, B, router_weight, ranks, scaling, bypass, expert_input)
+    device = x.device.type
+    autocast = _in_autocast(device)
+    dtype = torch.get_autocast_dtype(device) if autocast and x.dtype != torch.float64 else x.dtype
+    x, A, B = x.to(dtype), A.to(dtype), B.to(dtype)
+    router_weight = None if router_weight is None else router_weight.to(dtype)
+    expert_input = x if expert_input is None else expert_input.to(dtype)
+    with torch.autocast(device, enabled=False) if autocast else nullcontext():
+        return _experts(x, expert_input, A, B, router_weight, router_bias, tuple(ranks), tuple(scaling))
 
 
 def choose_backend(backend: str, device: torch.device) -> str:
@@ -145,10 +177,22 @@ def _concat(
         y = _Concatenated.apply(rows, weight, bias, A, B, router_weight, router_bias, settings)
         return y.view(*x.shape[:-1], len(weight))
     ranks, scaling, base_dtype = settings
-    h = expert_input @ A.T
-    gates = None if router_weight is None else mor_gates(x, router_weight, router_bias)
     y = F.linear(x, *_cast_base(weight, bias, base_dtype))
-    return y + _weigh(h, gates, ranks, scaling, dim=-1) @ B
+    return y + _experts(x, expert_input, A, B, router_weight, router_bias, ranks, scaling)
+
+
+def _experts(
+    x: Tensor,
+    expert_input: Tensor,
+    A: Tensor,
+    B: Tensor,
+    router_weight: Tensor | None,
+    router_bias: Tensor | None,
+    ranks: tuple[int, ...],
+    scaling: tuple[float, ...],
+) -> Tensor:
+    gates = None if router_weight is None else mor_gates(x, router_weight, router_bias)
+    return _weigh(expert_input @ A.T, gates, ranks, scaling, dim=-1) @ B
 
 
 class _Concatenated(torch.autograd.Function):
@@ -250,7 +294,7 @@ def _cast_base(weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -
 
 def _check_shapes(
     x: Tensor,
-    weight: Tensor,
+    weight_shape: Sequence[int],
     A: Tensor,
     B: Tensor,
     router_weight: Tensor | None,
@@ -259,7 +303,7 @@ def _check_shapes(
     bypass: bool,
     expert_input: Tensor | None,
 ) -> None:
-    out_features, in_features = weight.shape
+    out_features, in_features = weight_shape
     total, gates = sum(ranks), len(ranks) + bypass
     if x.ndim == 0 or x.shape[-1] != in_features:
         raise ValueError(f"x must end in {in_features} features to fit weight, got shape {tuple(x.shape)}")

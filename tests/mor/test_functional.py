@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mor import mor_linear
-from mor.functional import choose_backend
+from mor.functional import choose_backend, mor_branch
 
 BACKENDS = ["eager", "concat"]
 
@@ -126,6 +126,29 @@ def test_concat_equals_eager(ranks, rows, K, O, bypass, bias):
         for backend in BACKENDS
     ]
     torch.testing.assert_close(results[0], results[1], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_branch_is_the_layer_without_its_base(case):
+    tensors, spec = operands(**case, **({} if "bias" in case else {"bias": False}))
+    tensors["weight"] = torch.zeros_like(tensors["weight"])
+    dy = torch.randn(*tensors["x"].shape[:-1], len(tensors["weight"]), dtype=torch.float64)
+
+    def branch(weight, bias, **t):
+        return mor_branch(**t, **spec)
+
+    y, grads = gradients(branch, tensors, ADAPTED, dy)
+    y_expected, grads_expected = gradients(lambda **t: expected(**t, **spec), tensors, ADAPTED, dy)
+    torch.testing.assert_close(y, y_expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(grads, grads_expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_branch_takes_autocasts_dtype_and_wider_parameters():
+    tensors, spec = operands(shape=(5,), dtype=torch.float32, bias=False)
+    arguments = {name: t for name, t in tensors.items() if name not in ("weight", "bias")}
+    assert mor_branch(**{**arguments, "x": tensors["x"].bfloat16()}, **spec).dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert mor_branch(**arguments, **spec).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
