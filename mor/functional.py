@@ -1,4 +1,4 @@
-"""The Mixture-of-Ranks equation, written twice: plainly, and fast.
+"""The Mixture-of-Ranks equation, written twice: plainly, and fast; and the choice between these and the fused kernels.
 
 Shapes: T rows (all tokens), K in, O out, E experts, R sum of ranks, G router outputs (E, or E + 1 with the
 bypass, which is the last). ``A`` (R, K) and ``B`` (R, O) hold the experts' rows one expert after the other.
@@ -6,13 +6,14 @@ bypass, which is the last). ``A`` (R, K) and ``B`` (R, O) hold the experts' rows
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BACKENDS = ("auto", "eager", "concat")
+BACKENDS = ("auto", "eager", "concat", "triton")
 
 # Ranks, scaling, and the dtype to which the frozen weight is cast (None: it is used as it is).
 _Settings = tuple[tuple[int, ...], tuple[float, ...], torch.dtype | None]
@@ -56,14 +57,15 @@ def mor_linear(
         expert_input: (..., K), what the experts read in place of ``x`` (``x`` after dropout); the router
             always reads ``x``.
         backend: "eager" (a loop over the experts, the definition), "concat" (all experts and the router in
-            one product, gates on the rank side) or "auto". Only "eager" has second derivatives and works
-            under torch.func.
+            one product, gates on the rank side), "triton" (fused kernels, see kernels/README.md) or "auto":
+            "triton" on a CUDA device where it can serve, else "concat". Only "eager" has second derivatives
+            and works under torch.func.
 
     Returns:
         y, (..., O).
 
     Raises:
-        ValueError: shapes, ranks or backend do not fit together.
+        ValueError: shapes, ranks or backend do not fit together, or "triton" is asked for where it cannot serve.
 
     Source: arXiv 2603.17514, section 3.4, Eq. 4.
 
@@ -74,11 +76,20 @@ def mor_linear(
     tensor([[1.]])
     """
     _check_shapes(x, weight.shape, A, B, router_weight, ranks, scaling, bypass, expert_input)
-    form = _eager if choose_backend(backend, x.device) == "eager" else _concat
-
     device = x.device.type
     autocast = _in_autocast(device)
     dtype = torch.get_autocast_dtype(device) if autocast and x.dtype != torch.float64 else x.dtype
+    backend = choose_backend(
+        backend,
+        x.device,
+        dtype,
+        columns=len(A) + (0 if router_weight is None else len(router_weight)),
+        trains_base=weight.requires_grad or (bias is not None and bias.requires_grad),
+        has_expert_input=expert_input is not None,
+    )
+    if backend == "triton":
+        parameters = (A, B, router_weight, router_bias)  # cast inside the kernels, where that costs nothing
+        return _kernels().mor_linear(x, weight, bias, *parameters, ranks=ranks, scaling=scaling, bypass=bypass)
 
     A, B = A.to(dtype), B.to(dtype)
     router_weight = None if router_weight is None else router_weight.to(dtype)
@@ -87,6 +98,7 @@ def mor_linear(
         x = x.to(dtype)
         expert_input = None if expert_input is None else expert_input.to(dtype)
     settings = (tuple(ranks), tuple(scaling), dtype if autocast else None)
+    form = _eager if backend == "eager" else _concat
     with torch.autocast(device, enabled=False) if autocast else nullcontext():
         return form(x, expert_input, weight, bias, A, B, router_weight, router_bias, settings)
 
@@ -123,11 +135,71 @@ def mor_branch(
         return _experts(x, expert_input, A, B, router_weight, router_bias, tuple(ranks), tuple(scaling))
 
 
-def choose_backend(backend: str, device: torch.device) -> str:
-    """The backend that ``"auto"`` stands for on ``device``; a named one is checked and returned."""
+def choose_backend(
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    columns: int,
+    trains_base: bool = False,
+    has_expert_input: bool = False,
+) -> str:
+    """The backend that a call uses: what "auto" stands for, or the one named, if it can serve.
+
+    Args:
+        device, dtype: Of x; under autocast, its dtype.
+        columns: Sum of ranks plus router outputs.
+        trains_base: W or b wants a gradient.
+        has_expert_input: The experts read another input than the router.
+
+    Raises:
+        ValueError: the backend is unknown, or "triton" cannot serve; the message says why.
+    """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    return "concat" if backend == "auto" else backend
+    if backend == "auto" and device.type != "cuda":
+        return "concat"
+    if backend in ("eager", "concat"):
+        return backend
+    lacks = _triton_lacks(device, dtype, columns, trains_base, has_expert_input)
+    if lacks and backend == "triton":
+        raise ValueError(f"backend 'triton' needs {lacks}; 'auto' takes 'concat' there")
+    return "concat" if lacks else "triton"
+
+
+def _triton_lacks(
+    device: torch.device, dtype: torch.dtype, columns: int, trains_base: bool, has_expert_input: bool
+) -> str | None:
+    """What keeps the fused kernels from serving a call; None if nothing does."""
+    if not _kernels_run_on(device):
+        return f"triton and a CUDA device of compute capability 8.0 or newer, got {device}"
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"fp32, fp16 or bf16, got {dtype}"
+    if columns > _kernels().MAX_COLUMNS:
+        return f"sum of ranks plus router outputs of at most {_kernels().MAX_COLUMNS}, got {columns}"
+    if trains_base:
+        return "a frozen weight and bias, got one that requires a gradient"
+    if has_expert_input:
+        return "experts that read x itself, got expert_input (dropout)"
+    return None
+
+
+# A constant for torch.compile, which need not look into Triton.
+@torch.compiler.assume_constant_result
+def _kernels_run_on(device: torch.device) -> bool:
+    return _cached_availability(device)
+
+
+@cache
+def _cached_availability(device: torch.device) -> bool:
+    return _kernels().is_available(device)
+
+
+def _kernels() -> Any:
+    # Imported on first use: Triton takes time to load, and nothing on a CPU needs it.
+    import mor_kernels
+
+    return mor_kernels
 
 
 def mor_gates(x: Tensor, router_weight: Tensor, router_bias: Tensor | None) -> Tensor:
@@ -315,6 +387,8 @@ def _check_shapes(
         raise ValueError(f"B must be ({total}, {out_features}) for ranks {tuple(ranks)}, got {tuple(B.shape)}")
     if router_weight is None and gates > 1:
         raise ValueError(f"router_weight is needed for {len(ranks)} experts with bypass={bypass}, got None")
+    if router_weight is not None and gates == 1:
+        raise ValueError("router_weight must be None for a single expert without bypass, whose gate is 1")
     if router_weight is not None and router_weight.shape != (gates, in_features):
         raise ValueError(
             f"router_weight must be ({gates}, {in_features}) for {len(ranks)} experts with bypass={bypass},"

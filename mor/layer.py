@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mor.config import MoRConfig
-from mor.functional import choose_backend, mor_gates, mor_linear
+from mor.functional import BACKENDS, choose_backend, mor_gates, mor_linear
 
 
 class MoRLinear(nn.Module):
@@ -103,7 +103,8 @@ class MoRLinear(nn.Module):
 
     @backend.setter
     def backend(self, name: str) -> None:
-        choose_backend(name, torch.device("cpu"))
+        if name not in BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
         self._backend = name
 
     @property
@@ -126,7 +127,10 @@ class MoRLinear(nn.Module):
 
     def extra_repr(self) -> str:
         config = self.config
-        backend = choose_backend(self.backend, self.base.weight.device)
+        weight, backend = self.base.weight, self.backend
+        if backend == "auto":
+            columns = sum(config.ranks) + config.router_outputs
+            backend = choose_backend(backend, weight.device, weight.dtype, columns=columns)
         parts = [
             f"ranks={config.ranks}",
             f"scaling={config.scaling}",

@@ -28,13 +28,15 @@ except ModuleNotFoundError as error:
 __all__ = ["MAX_COLUMNS", "is_available", "mor_linear"]
 
 
-def is_available() -> bool:
-    """True where the kernels can run: triton is installed, and either it interprets (TRITON_INTERPRET=1) or the
-    current CUDA device has compute capability 8.0 or newer."""
+def is_available(device: torch.device | None = None) -> bool:
+    """Whether the kernels run on ``device`` (default: on CUDA's current one): triton is installed, and the device is
+    a CUDA card of compute capability 8.0 or newer, or, in the interpreter (TRITON_INTERPRET=1), any."""
     if not _HAS_TRITON:
         return False
     if INTERPRETED:
         return True
+    if device is not None and device.type != "cuda":
+        return False
     if not torch.cuda.is_available() or torch.version.cuda is None:
         return False
-    return torch.cuda.get_device_capability() >= (8, 0)
+    return torch.cuda.get_device_capability(device) >= (8, 0)

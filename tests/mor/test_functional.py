@@ -1,5 +1,7 @@
 """mor_linear against a loop in float64, written here from the equation alone."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mor import mor_linear
+from mor import functional, mor_linear
 from mor.functional import choose_backend, mor_branch
 
 BACKENDS = ["eager", "concat"]
@@ -356,8 +358,54 @@ def test_shapes_on_the_meta_device(backend):
     assert mor_linear(**tensors, **spec, backend=backend).shape == (2, 3, 11)
 
 
-def test_auto_is_concat_on_the_cpu():
-    assert choose_backend("auto", torch.device("cpu")) == "concat"
+def chosen(backend="auto", device="cuda", dtype=torch.bfloat16, columns=18, **call):
+    return choose_backend(backend, torch.device(device), dtype, columns=columns, **call)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_auto_is_concat_without_cuda(device):
+    assert chosen(device=device) == "concat"
+
+
+LACKS = [
+    ({"dtype": torch.float64}, "fp32, fp16 or bf16, got torch.float64"),
+    ({"columns": 65}, "at most 64, got 65"),
+    ({"trains_base": True}, "a frozen weight and bias"),
+    ({"has_expert_input": True}, "experts that read x itself"),
+]
+
+
+@pytest.fixture(params=["sm_80"])
+def cuda_with_kernels(request, monkeypatch):
+    """As if a CUDA device were there; the kernels run on it unless it is too old."""
+    kernels = SimpleNamespace(MAX_COLUMNS=64, is_available=lambda device: request.param == "sm_80")
+    monkeypatch.setattr(functional, "_kernels", lambda: kernels)
+    functional._cached_availability.cache_clear()
+    yield
+    functional._cached_availability.cache_clear()
+
+
+@pytest.mark.usefixtures("cuda_with_kernels")
+@pytest.mark.parametrize("cuda_with_kernels", ["sm_70"], indirect=True)
+def test_auto_is_concat_on_an_old_card_and_triton_is_refused():
+    assert chosen() == "concat"
+    with pytest.raises(ValueError, match="'triton' needs triton and a CUDA device .* got cuda; 'auto' takes 'concat'"):
+        chosen("triton")
+
+
+@pytest.mark.usefixtures("cuda_with_kernels")
+def test_auto_is_triton_on_cuda():
+    assert chosen() == "triton"
+    assert chosen("concat") == "concat"
+    assert chosen("eager") == "eager"
+
+
+@pytest.mark.usefixtures("cuda_with_kernels")
+@pytest.mark.parametrize(("call", "reason"), LACKS)
+def test_auto_takes_concat_where_triton_cannot_serve(call, reason):
+    assert chosen(**call) == "concat"
+    with pytest.raises(ValueError, match=f"backend 'triton' needs .*{reason}"):
+        chosen("triton", **call)
 
 
 @pytest.mark.parametrize(
@@ -369,8 +417,9 @@ def test_auto_is_concat_on_the_cpu():
         ({"B": torch.zeros(11, 14)}, r"B must be \(14, 11\)"),
         ({"router_weight": None}, "router_weight is needed for 3 experts with bypass=True"),
         ({"router_weight": torch.zeros(3, 13)}, r"router_weight must be \(4, 13\)"),
+        ({"ranks": (14,), "scaling": (1.0,), "bypass": False}, "router_weight must be None for a single expert"),
         ({"scaling": (1.0,)}, "scaling must have one factor per rank, got 1 for 3"),
-        ({"backend": "fast"}, "backend must be one of auto, eager, concat, got 'fast'"),
+        ({"backend": "fast"}, "backend must be one of auto, eager, concat, triton, got 'fast'"),
         ({"expert_input": torch.zeros(7, 12)}, r"expert_input must have x's shape \(7, 13\)"),
     ],
 )

@@ -129,6 +129,8 @@ def test_repr_shows_the_backend(layer):
     assert "backend=concat" in repr(layer)
     layer.backend = "eager"
     assert "backend=eager" in repr(layer)
+    layer.backend = "triton"  # may be asked for before the layer moves to a card
+    assert "backend=triton" in repr(layer)
 
 
 def test_both_backends_agree(layer):
