@@ -171,6 +171,8 @@ class TrainConfig:
     """'auto' (CUDA, Apple's, else the CPU) or a torch device."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the ViTs' arithmetic; weights and losses stay in fp32."""
+    compile: Literal["off", "on", "graphs"] = "off"
+    """torch.compile of the ViTs in training, for small batches; 'graphs': and CUDA graphs. Takes minutes to start."""
     workers: int = 0
     """Processes that load images."""
 
@@ -187,6 +189,7 @@ class TrainConfig:
         _require(self.aux_weight >= 0, "aux_weight", "at least 0", self.aux_weight)
         _require(self.gate_weight >= 0, "gate_weight", "at least 0", self.gate_weight)
         _require(self.bootstrap >= 0, "bootstrap", "at least 0", self.bootstrap)
+        _require(self.compile in ("off", "on", "graphs"), "compile", "'off', 'on' or 'graphs'", self.compile)
         _require(self.workers >= 0, "workers", "at least 0", self.workers)
         _require(not (self.stage1_from and self.stages == "2"), "stages", "'both' with stage1_from", self.stages)
 

@@ -42,6 +42,21 @@ def arithmetic(device: torch.device, precision: str) -> AbstractContextManager[N
     return nullcontext()
 
 
+def narrow_frozen(module: nn.Module, precision: str) -> None:
+    """Hold frozen weights of linear layers and convolutions in the dtype to which :func:`arithmetic` casts them.
+
+    Autocast would cast them anew in every step, because it keeps only the casts of weights that want a gradient.
+    The results are the same bits, in half the memory.
+    """
+    if precision != "bf16":
+        return
+    for layer in module.modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+            for parameter in layer.parameters(recurse=False):
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.to(torch.bfloat16)
+
+
 def fingerprint(module: nn.Module) -> dict[str, list[float]]:
     """Sum and norm of every frozen parameter and buffer, by name, in fp64.
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ei.checkpoint import Checkpoint, read_checkpoint, restore, trained_state, write_checkpoint
+from ei.compilation import compile_backbones, require_compiler
 from ei.config import Config, TrainConfig
 from ei.data.loaders import training_loader
 from ei.data.manifest import SPLITS, Manifest, Row, read_manifest
@@ -27,7 +28,7 @@ from ei.models import Backbone, LateFusion, build_model
 from ei.progress import say, track
 from ei.run_folder import RunFolder, StageFolder
 from ei.runs import load_trunk, manifest_hash, stage1_checkpoint
-from ei.runtime import arithmetic, choose_device, fingerprint, seed_everything
+from ei.runtime import arithmetic, choose_device, fingerprint, narrow_frozen, seed_everything
 from mor import trainable_parameters
 
 
@@ -56,6 +57,8 @@ def train(config: Config, run: str | Path) -> Path:
     _require_measurable(manifest)
     _make_empty(folder)
     device = choose_device(config.train.device)
+    if config.train.compile != "off":
+        require_compiler(device)
     with torch.device("meta"):  # settings that do not fit show now, not after hours of stage 1
         build_model(config, len(manifest.classes))
     trunk = load_trunk(config)
@@ -122,6 +125,9 @@ class Stages:
         last checkpoint, and the best one when it is.
         """
         settings = self.config.train
+        narrow_frozen(model, settings.precision)
+        if settings.compile != "off":
+            compile_backbones(model, settings.compile)
         rows, val_rows = self.manifest.split("train"), self.manifest.split("val")
         loader, sampler = training_loader(rows, self.config)
         parameters = trainable_parameters(model)
@@ -182,6 +188,8 @@ class Stages:
         self, model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer, gate_prior: int | None
     ) -> dict[str, float]:
         settings = self.config.train
+        if settings.compile == "graphs":
+            torch.compiler.cudagraph_mark_step_begin()  # results of the step before may be overwritten
         batch = batch.to(self.device)
         assert batch.labels is not None
         with arithmetic(self.device, settings.precision):

@@ -56,7 +56,7 @@ class UniModal(nn.Module):
         Args:
             batch: Only images that are present pass through the ViT.
             tokens: (B, n, D), given to every image of their sample.
-            tokens_at, read_from: As in :meth:`ei.models.backbone.Backbone.summaries`.
+            tokens_at, read_from: As in :meth:`ei.models.vit.Backbone.forward`.
 
         Raises:
             ValueError: a sample has no image of this modality.
@@ -66,7 +66,7 @@ class UniModal(nn.Module):
         if tokens is not None:
             sample_of_image = present.nonzero()[:, 0]  # (N,)
             tokens = tokens[sample_of_image]
-        by_image = self.backbone.summaries(images, tokens, tokens_at=tokens_at, read_from=read_from)
+        by_image = self.backbone(images, tokens, tokens_at=tokens_at, read_from=tuple(read_from))
         return [mean_over_images(summary, present) for summary in by_image]
 
     def parts(self) -> dict[str, list[nn.Module]]:

@@ -52,38 +52,34 @@ class Backbone(nn.Module):
         self.requires_grad_(False)
 
     def forward(
-        self, images: Tensor, tokens: Tensor | None = None, *, tokens_at: int = 0, read_from: int = 0
-    ) -> Tensor:
+        self,
+        images: Tensor,
+        tokens: Tensor | None = None,
+        *,
+        tokens_at: int = 0,
+        read_from: int | Sequence[int] = 0,
+    ) -> Tensor | list[Tensor]:
         """The CLS token after block ``read_from``, after the final norm.
 
         Args:
             images: (N, 3, image_size, image_size).
             tokens: (N, n, D), which join the image's own tokens for the rest of the way.
             tokens_at: Block before which they join, from 0.
-            read_from: Block after which the CLS token is read, from 1; 0 means the last.
+            read_from: Block after which the CLS token is read, from 1; 0 means the last. Of several blocks, it is
+                read in one pass. Blocks after the last of them do not run.
 
         Returns:
-            (N, D).
+            (N, D); one for each of several blocks.
 
         Raises:
             ValueError: an argument does not fit the backbone, or ``tokens`` would join too late to be seen.
 
         Source: arXiv 2603.17514, section 3.2.
         """
-        return self.summaries(images, tokens, tokens_at=tokens_at, read_from=(read_from,))[0]
-
-    def summaries(
-        self,
-        images: Tensor,
-        tokens: Tensor | None = None,
-        *,
-        tokens_at: int = 0,
-        read_from: Sequence[int] = (0,),
-    ) -> list[Tensor]:
-        """Like :meth:`forward`, read at several blocks in one pass; blocks after the last of them do not run."""
-        for read in read_from:
+        wanted = [read_from] if isinstance(read_from, int) else read_from
+        for read in wanted:
             self.check_positions(tokens_at=tokens_at, read_from=read)
-        reads = [read or self.depth for read in read_from]
+        reads = [read or self.depth for read in wanted]
         self._check_images(images)
         if tokens is not None:
             self._check_tokens(tokens, len(images), tokens_at, min(reads))
@@ -96,7 +92,7 @@ class Backbone(nn.Module):
             x = block(x)
             if index + 1 in reads:
                 found[index + 1] = self._final_norm(x[:, 0])
-        return [found[read] for read in reads]
+        return found[reads[0]] if isinstance(read_from, int) else [found[read] for read in reads]
 
     def check_positions(self, *, tokens_at: int = 0, read_from: int = 0) -> None:
         """Raise a ValueError if the backbone has no such block."""

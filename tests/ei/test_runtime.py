@@ -2,7 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from ei.runtime import arithmetic, choose_device, fingerprint, same_weights, seed_everything
+from ei.config import ModelConfig
+from ei.models.backbone import adapted, load_backbone
+from ei.runtime import arithmetic, choose_device, fingerprint, narrow_frozen, same_weights, seed_everything
 
 
 def test_devices():
@@ -26,6 +28,40 @@ def test_arithmetic():
         assert layer(x).dtype == torch.bfloat16
     with arithmetic(torch.device("cpu"), "fp32"):
         assert layer(x).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["tiny", "open_clip:ViT-B-16"])
+def test_frozen_weights_held_in_bf16_give_the_same_bits(name, monkeypatch):
+    if name != "tiny":
+        open_clip = pytest.importorskip("open_clip")
+        small = {"embed_dim": 16, "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "patch_size": 16}}
+        small["vision_cfg"]["head_width"], small["text_cfg"] = 16, {"width": 16, "heads": 2, "layers": 1}
+        monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "ViT-B-16", small)
+    config = ModelConfig(backbone=name, pretrained=False)
+    images = torch.randn(3, 3, 32, 32)
+    found = []
+    for precision in ("fp32", "bf16"):
+        torch.manual_seed(0)
+        backbone = adapted(load_backbone(config, 32), config)
+        narrow_frozen(backbone, precision)
+        narrow = {p.dtype for p in backbone.parameters() if p.ndim == 2 and not p.requires_grad}
+        assert (torch.bfloat16 in narrow) == (precision == "bf16")
+        assert all(p.dtype == torch.float32 for p in backbone.parameters() if p.requires_grad)
+        for p in backbone.parameters():
+            if p.requires_grad:
+                torch.nn.init.normal_(p, std=0.1)
+        with arithmetic(torch.device("cpu"), "bf16"):
+            y = backbone(images)
+        y.float().square().sum().backward()
+        found.append([y.detach(), *(p.grad for p in backbone.parameters() if p.requires_grad)])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_trained_weights_stay_wide():
+    layer = nn.Linear(2, 2)
+    narrow_frozen(layer, "bf16")
+    assert layer.weight.dtype == torch.float32
 
 
 def test_the_fingerprint_is_of_what_is_frozen():

@@ -62,7 +62,7 @@ def test_tokens_are_not_given_a_position_or_normed(trunk: Backbone, images: torc
 def test_summaries_of_several_blocks_come_from_one_pass(trunk: Backbone, images: torch.Tensor) -> None:
     passes = []
     trunk.vit.patch_embed.register_forward_hook(lambda *_: passes.append(1))
-    second, last, again = trunk.summaries(images, read_from=(2, 0, 4))
+    second, last, again = trunk(images, read_from=(2, 0, 4))
     assert len(passes) == 1
     assert torch.equal(second, trunk(images, read_from=2))
     assert torch.equal(last, trunk(images)) and torch.equal(again, last)
