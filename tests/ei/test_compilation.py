@@ -48,8 +48,8 @@ def test_every_vit_becomes_one_graph_and_they_share_them(models, monkeypatch):
     plain, compiled = models
     names = list(compiled.state_dict())
     compile = torch.compile
-    # The same tracing without the code generation, which takes minutes.
-    monkeypatch.setattr(torch, "compile", lambda model, *, mode, **kw: compile(model, backend="aot_eager", **kw))
+    # The same tracing without what comes after it, which takes minutes.
+    monkeypatch.setattr(torch, "compile", lambda model, *, mode, **kw: compile(model, backend="eager", **kw))
     compile_backbones(compiled, "on")
     graphs = torch._dynamo.utils.counters["stats"]
     for samples, images in [(4, 1), (4, 1), (3, 1), (2, 2)]:
@@ -95,7 +95,7 @@ def test_a_compiled_run_is_the_same_run(manifest, tmp_path, study_config):
     compiled = train(study_config(manifest, epochs=2, compile="on"), tmp_path / "compiled")
     for stage in ("stage1/cfp", "stage1/oct", "stage2"):
         one, other = (
-            [line_of(text) for text in (run / stage / "history.jsonl").read_text().splitlines()]
+            [line_of(text) for text in (run / stage / "metrics.jsonl").read_text().splitlines()]
             for run in (plain, compiled)
         )
         assert one == pytest.approx(other, rel=1e-3), stage
