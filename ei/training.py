@@ -145,7 +145,8 @@ class Stages:
                 sampler.set_epoch(epoch)
                 for batch in track(loader, f"{title}, epoch {epoch}", len(loader)):
                     set_learning_rate(optimizer, cyclic_learning_rate(step / len(loader), settings))
-                    for name, value in self._step(model, batch, optimizer, gate_prior).items():
+                    values = train_step(model, batch.to(self.device), optimizer, settings, gate_prior)
+                    for name, value in values.items():
                         losses[name].append(value)
                     images += sum(int(present.sum()) for present in batch.present.values())
                     step += 1
@@ -184,36 +185,6 @@ class Stages:
             for modality in (self.manifest.modalities if source else ())
         }
 
-    def _step(
-        self, model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer, gate_prior: int | None
-    ) -> dict[str, float]:
-        settings = self.config.train
-        if settings.compile == "graphs":
-            torch.compiler.cudagraph_mark_step_begin()  # results of the step before may be overwritten
-        batch = batch.to(self.device)
-        assert batch.labels is not None
-        with arithmetic(self.device, settings.precision):
-            output = model(batch)
-        terms = loss_terms(
-            output,
-            batch.labels,
-            aux_weight=settings.aux_weight,
-            gate_weight=settings.gate_weight,
-            gate_prior=gate_prior,
-        )
-        optimizer.zero_grad(set_to_none=True)
-        terms["total"].backward()
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        values = {name: term.item() for name, term in terms.items()}
-        # Checked before the step: what is not finite must never reach a weight.
-        if not np.isfinite(values["total"]) or not torch.nn.utils.get_total_norm(gradients).isfinite():
-            raise TrainingError(
-                f"the loss ({values['total']}) or its gradient is not finite for the samples {', '.join(batch.ids)};"
-                " nothing of it reached the weights. Look at their images, or lower lr"
-            )
-        optimizer.step()
-        return values
-
     def _validate(self, model: nn.Module, rows: Sequence[Row]) -> dict[str, float]:
         logits = predict_rows(model, rows, self.config, device=self.device, what="validate").logits
         labels, patients = np.array([row.label for row in rows]), [row.patient for row in rows]
@@ -231,6 +202,45 @@ class Stages:
             write_checkpoint(folder.best, state, notes)
         with folder.history.open("a", encoding="utf-8") as history:
             history.write(json.dumps(record, allow_nan=False) + "\n")
+
+
+def train_step(
+    model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer, settings: TrainConfig, gate_prior: int | None
+) -> dict[str, float]:
+    """One step of the optimiser; returns the value of each term of the loss.
+
+    Args:
+        batch: With labels, on the model's device.
+        settings: Weights of the losses, precision, whether the model is compiled.
+        gate_prior: Index of the modality that the fusion is pulled to; None for a single modality.
+
+    Raises:
+        TrainingError: the loss or its gradient is not finite; the weights are as before.
+    """
+    if settings.compile == "graphs":
+        torch.compiler.cudagraph_mark_step_begin()  # results of the step before may be overwritten
+    assert batch.labels is not None
+    with arithmetic(batch.labels.device, settings.precision):
+        output = model(batch)
+    terms = loss_terms(
+        output,
+        batch.labels,
+        aux_weight=settings.aux_weight,
+        gate_weight=settings.gate_weight,
+        gate_prior=gate_prior,
+    )
+    optimizer.zero_grad(set_to_none=True)
+    terms["total"].backward()
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    values = {name: term.item() for name, term in terms.items()}
+    # Checked before the step: what is not finite must never reach a weight.
+    if not np.isfinite(values["total"]) or not torch.nn.utils.get_total_norm(gradients).isfinite():
+        raise TrainingError(
+            f"the loss ({values['total']}) or its gradient is not finite for the samples {', '.join(batch.ids)};"
+            " nothing of it reached the weights. Look at their images, or lower lr"
+        )
+    optimizer.step()
+    return values
 
 
 def cyclic_learning_rate(epochs: float, settings: TrainConfig) -> float:

@@ -133,13 +133,13 @@ def test_stage_1_reads_the_images_of_its_modality_alone(manifest, tmp_path, stud
     import ei.training as training
 
     read = []
-    step = training.Stages._step
+    step = training.train_step
 
-    def remember(self, model, batch, *args):
+    def remember(model, batch, *args):
         read.append(set(batch.images))
-        return step(self, model, batch, *args)
+        return step(model, batch, *args)
 
-    monkeypatch.setattr(training.Stages, "_step", remember)
+    monkeypatch.setattr(training, "train_step", remember)
     train(study_config(manifest), tmp_path / "run")
     assert read == [{"cfp"}] * 2 + [{"oct"}] * 2 + [{"cfp", "oct"}] * 2
 
@@ -148,13 +148,13 @@ def test_every_epoch_has_an_order_of_its_own(manifest, tmp_path, study_config, m
     import ei.training as training
 
     orders = []
-    step = training.Stages._step
+    step = training.train_step
 
-    def remember(self, model, batch, *args):
+    def remember(model, batch, *args):
         orders.append(batch.ids)
-        return step(self, model, batch, *args)
+        return step(model, batch, *args)
 
-    monkeypatch.setattr(training.Stages, "_step", remember)
+    monkeypatch.setattr(training, "train_step", remember)
     train(study_config(manifest, epochs=2, stages="2"), tmp_path / "run")
     first, second = orders[0] + orders[1], orders[2] + orders[3]
     assert sorted(first) == sorted(second) and first != second
