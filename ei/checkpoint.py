@@ -49,6 +49,29 @@ def restore(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
             parameter.copy_(parameters[name])
 
 
+def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What an optimiser remembers, as tensors by ``NUMBER.NAME`` (copies on the CPU) and as JSON types."""
+    tensors, others = {}, {}
+    for number, values in optimizer.state_dict()["state"].items():
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"{number}.{name}"] = value.detach().cpu().clone()
+            else:
+                others[f"{number}.{name}"] = value
+    return tensors, others
+
+
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], others: Mapping[str, Any]
+) -> None:
+    """The inverse of :func:`optimizer_state`."""
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in {**tensors, **others}.items():
+        number, name = key.split(".", 1)
+        state.setdefault(int(number), {})[name] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
 def write_checkpoint(path: Path, parameters: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
     """Write one file, whole or not at all; ``notes`` must be JSON types."""
     metadata = {"format": FORMAT, "notes": json.dumps(notes), "sha256": _digest(parameters)}

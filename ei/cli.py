@@ -11,6 +11,7 @@ import tyro
 
 from ei import explain_missing
 from ei.config import Config, DataConfig, ModelConfig, Names
+from ei.interrupts import Interrupted
 
 USAGE = """\
 usage: ei COMMAND [OPTIONS]
@@ -46,7 +47,7 @@ class Train:
 
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
     out: Path = Path("runs/latest")
-    """Folder of the run; must be new or empty."""
+    """Folder of the run: new, empty, or that of a run that was stopped, which then goes on."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,13 @@ def run(words: Sequence[str]) -> int:
         reason = explain_missing(error) if isinstance(error, ModuleNotFoundError) else error
         print(f"ei {words[0]}: {reason}", file=sys.stderr)
         return 1
+    except Interrupted as interrupted:
+        print(
+            f"ei {words[0]}: stopped by {interrupted} and saved; the same command goes on from there", file=sys.stderr
+        )
+        return interrupted.exit_code
     except KeyboardInterrupt:
-        print(f"ei {words[0]}: interrupted; finished epochs are kept, but it cannot be resumed", file=sys.stderr)
+        print(f"ei {words[0]}: interrupted", file=sys.stderr)
         return 130
     return 0
 

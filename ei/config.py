@@ -175,6 +175,8 @@ class TrainConfig:
     """torch.compile of the ViTs in training, for small batches; 'graphs': and CUDA graphs. Takes minutes to start."""
     workers: int = 0
     """Processes that load images."""
+    save_minutes: float = 10.0
+    """A snapshot to go on from is written after so many minutes within an epoch, and after each epoch."""
 
     def __post_init__(self) -> None:
         _require(self.lr > 0, "lr", "positive", self.lr)
@@ -190,6 +192,7 @@ class TrainConfig:
         _require(self.gate_weight >= 0, "gate_weight", "at least 0", self.gate_weight)
         _require(self.bootstrap >= 0, "bootstrap", "at least 0", self.bootstrap)
         _require(self.compile in ("off", "on", "graphs"), "compile", "'off', 'on' or 'graphs'", self.compile)
+        _require(self.save_minutes >= 0, "save_minutes", "at least 0", self.save_minutes)
         _require(self.workers >= 0, "workers", "at least 0", self.workers)
         _require(not (self.stage1_from and self.stages == "2"), "stages", "'both' with stage1_from", self.stages)
 
@@ -227,7 +230,9 @@ class Config:
         return cls(**parsed)
 
     def save(self, path: Path) -> None:
-        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+        from mor.files import write_atomically  # here, because it brings torch with it
+
+        write_atomically(path, yaml.safe_dump(self.to_dict(), sort_keys=False).encode())
 
     @classmethod
     def load(cls, path: Path) -> Self:

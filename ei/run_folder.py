@@ -7,8 +7,8 @@ from urllib.parse import quote
 
 @dataclass(frozen=True)
 class StageFolder:
-    """Where one stage writes: ``metrics.jsonl`` (a line per epoch), its best and last trained parameters, and at the
-    end an empty file ``finished``."""
+    """Where one stage writes: ``metrics.jsonl`` (a line per epoch), its best trained parameters, snapshots to go on
+    from, and at the end a file ``finished``."""
 
     path: Path
 
@@ -25,8 +25,8 @@ class StageFolder:
         return self.path / "best.safetensors"
 
     @property
-    def last(self) -> Path:
-        return self.path / "last.safetensors"
+    def snapshots(self) -> Path:
+        return self.path / "snapshots"
 
 
 @dataclass(frozen=True)

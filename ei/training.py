@@ -1,13 +1,15 @@
 """Training: two stages of one loop. Stage 1, each modality alone; stage 2, all together, from there.
 
+Wherever it is stopped, the same call goes on from there, to the same weights.
+
 Source: arXiv 2603.17514, section 3.5 (Algorithm 1) and section 4.1.
 """
 
 import json
 import time
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +17,43 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ei.checkpoint import Checkpoint, read_checkpoint, restore, trained_state, write_checkpoint
+from ei.checkpoint import (
+    Checkpoint,
+    load_optimizer_state,
+    optimizer_state,
+    read_checkpoint,
+    restore,
+    trained_state,
+    write_checkpoint,
+)
 from ei.compilation import compile_backbones, require_compiler
 from ei.config import Config, TrainConfig
 from ei.data.loaders import training_loader
-from ei.data.manifest import SPLITS, Manifest, Row, read_manifest
+from ei.data.manifest import Manifest, Row, read_manifest
 from ei.data.sample import Batch
 from ei.evaluation import evaluate, predict_rows
+from ei.interrupts import Interrupted, deferred
 from ei.losses import loss_terms
 from ei.metrics import summarise
 from ei.models import Backbone, LateFusion, build_model
 from ei.progress import say, track
 from ei.run_folder import RunFolder, StageFolder
+from ei.run_setup import locked, require_measurable, resolved, resumes
 from ei.runs import load_trunk, manifest_hash, stage1_checkpoint
-from ei.runtime import arithmetic, choose_device, fingerprint, narrow_frozen, seed_everything
+from ei.runtime import (
+    arithmetic,
+    choose_device,
+    environment,
+    fingerprint,
+    narrow_frozen,
+    random_state,
+    same_weights,
+    seed_everything,
+    set_random_state,
+)
+from ei.snapshots import Snapshot, newest_snapshot, write_snapshot
 from mor import trainable_parameters
+from mor.files import write_atomically
 
 
 class TrainingError(ArithmeticError):
@@ -37,50 +61,51 @@ class TrainingError(ArithmeticError):
 
 
 def train(config: Config, run: str | Path) -> Path:
-    """Train a classifier and evaluate it.
+    """Train a classifier and evaluate it; or go on with a run that was stopped.
+
+    A run that goes on ends with the same weights, bit for bit, as one that was never stopped (on the same machine,
+    device and number of threads).
 
     Args:
         config: Everything that the result depends on.
-        run: Folder to write to; made, and must be empty if it is there.
+        run: Folder to write to; made if need be. It must be empty, or hold a run of the same configuration.
 
     Returns:
         The folder: config.yaml, stage1/MODALITY and stage2 with histories and checkpoints, and what
         :func:`ei.evaluate` writes if the manifest has validation or test rows.
 
     Raises:
-        ValueError: the configuration or the manifest cannot be used; nothing was trained.
+        ValueError: the configuration, the manifest or the folder cannot be used; nothing was trained.
         TrainingError: a loss or gradient is not finite; the message names the samples.
+        Interrupted: Ctrl-C or SIGTERM; it was saved where training stands.
     """
     folder = RunFolder(Path(run))
     manifest = read_manifest(config.data.manifest, config.data)
-    config = _resolve(config, manifest)
-    _require_measurable(manifest)
-    _make_empty(folder)
+    config = resolved(config, manifest)
+    require_measurable(manifest)
+    going_on = resumes(folder, config)
     device = choose_device(config.train.device)
     if config.train.compile != "off":
         require_compiler(device)
     with torch.device("meta"):  # settings that do not fit show now, not after hours of stage 1
         build_model(config, len(manifest.classes))
+    has_evaluation = bool(manifest.split("val") or manifest.split("test"))
+    if folder.stage2.finished.is_file() and (folder.report.is_file() or not has_evaluation):
+        say(f"{folder.path} is finished, there is nothing to do")
+        return folder.path
     trunk = load_trunk(config)
     is_random = not config.model.weights and (config.model.backbone == "tiny" or not config.model.pretrained)
     if is_random and config.model.adapter != "full":
         say("note: the backbone has random weights, and they are frozen; --weights, or --adapter full, may be meant")
-    stages = Stages(config, manifest, device, trunk, fingerprint(trunk))
-    taken = stages.taken_over()
-    folder.path.mkdir(parents=True, exist_ok=True)
-    config.save(folder.config)
-
-    stage1, scores = {}, {}
-    for modality in manifest.modalities if config.train.stages == "both" else ():
-        model, scores[modality] = stages.first(modality, folder.stage1(modality), taken.get(modality))
-        stage1[modality] = trained_state(model)
-    prior = config.train.gate_prior or (max(scores, key=scores.__getitem__) if scores else "")
-    if prior:
-        say(f"gate prior: {prior}" + "".join(f"  {name} {score:.3f}" for name, score in scores.items()))
-    stages.second(stage1, folder.stage2, prior)
-
-    if manifest.split("val") or manifest.split("test"):
-        evaluate(folder.path)
+    with deferred() as asked_to_stop:
+        stages = Stages(config, manifest, device, trunk, asked_to_stop)
+        taken = stages.taken_over()
+        with locked(folder):
+            if not going_on:
+                config.save(folder.config)
+            stages.run(folder, taken)
+            if has_evaluation:
+                evaluate(folder.path)
     return folder.path
 
 
@@ -92,90 +117,49 @@ class Stages:
     manifest: Manifest
     device: torch.device
     trunk: Backbone
-    fingerprint: dict[str, list[float]]  # of the trunk's frozen weights
+    asked_to_stop: Callable[[], int | None]
 
-    def first(self, modality: str, folder: StageFolder, taken: Checkpoint | None) -> tuple[nn.Module, float]:
-        """One modality alone, trained or taken over; its model and its mAP on the training rows."""
+    def run(self, folder: RunFolder, taken: Mapping[str, Checkpoint]) -> None:
+        """Both stages; the stage 1 of modalities that are ``taken`` from elsewhere is not trained."""
+        settings = self.config.train
+        stage1, scores = {}, {}
+        for modality in self.manifest.modalities if settings.stages == "both" else ():
+            stage1[modality], scores[modality] = self.first(modality, folder.stage1(modality), taken.get(modality))
+        prior = settings.gate_prior or (max(scores, key=scores.__getitem__) if scores else "")
+        if prior:
+            say(f"gate prior: {prior}" + "".join(f"  {name} {score:.3f}" for name, score in scores.items()))
+        self.second(stage1, folder.stage2, prior)
+
+    def first(self, modality: str, folder: StageFolder, taken: Checkpoint | None) -> tuple[Mapping[str, Tensor], float]:
+        """One modality alone, trained or taken over; what it has learned, and its mAP on the training rows."""
+        if folder.finished.is_file():
+            return read_checkpoint(folder.best).parameters, json.loads(folder.finished.read_text())["train mAP"]
         alone = replace(self, config=replace(self.config, data=replace(self.config.data, modalities=(modality,))))
         seed_everything(self.config.train.seed)
         model = build_model(alone.config, len(self.manifest.classes), modality=modality, trunk=self.trunk)
         model.to(self.device)
+        loop = Loop(alone, model, folder, f"stage 1, {modality}", gate_prior=None)
         if taken:
             restore(model, taken.parameters)
             write_checkpoint(folder.best, taken.parameters, taken.notes)
-            folder.finished.touch()
         else:
-            alone.fit(model, folder, f"stage 1, {modality}", gate_prior=None)
-        return model, alone._validate(model, self.manifest.split("train"))["mAP"]
+            loop.run()
+        score = loop.validate(self.manifest.split("train"))["mAP"]
+        write_atomically(folder.finished, json.dumps({"train mAP": score}).encode())
+        return trained_state(model), score
 
     def second(self, stage1: Mapping[str, Mapping[str, Tensor]], folder: StageFolder, prior: str) -> None:
         """All modalities together, from what each has learned alone (nothing: from the backbone)."""
+        if folder.finished.is_file():
+            return
         seed_everything(self.config.train.seed)
         model = build_model(self.config, len(self.manifest.classes), trunk=self.trunk)
         if stage1:
             assert isinstance(model, LateFusion)
             model.start_from(stage1)
         gate_prior = self.manifest.modalities.index(prior) if prior else None
-        self.fit(model.to(self.device), folder, "stage 2", gate_prior=gate_prior)
-
-    def fit(self, model: nn.Module, folder: StageFolder, title: str, *, gate_prior: int | None) -> None:
-        """Train until validation stops improving, or for all epochs; leaves the model at its best.
-
-        Without validation rows the last epoch is the best. Each epoch writes a line of the history and the
-        last checkpoint, and the best one when it is.
-        """
-        settings = self.config.train
-        narrow_frozen(model, settings.precision)
-        if settings.compile != "off":
-            compile_backbones(model, settings.compile)
-        rows, val_rows = self.manifest.split("train"), self.manifest.split("val")
-        loader, sampler = training_loader(rows, self.config)
-        parameters = trainable_parameters(model)
-        optimizer = make_optimizer(list(parameters.values()), settings)
-        count = sum(parameter.numel() for parameter in parameters.values())
-        say(f"{title}: {len(rows)} train and {len(val_rows)} val samples, {count:,} trained parameters")
-
-        best, since_best, step = -1.0, 0, 0
-        for epoch in range(settings.epochs + 1):
-            started = time.perf_counter()
-            losses: dict[str, list[float]] = defaultdict(list)
-            images = 0
-            if epoch:
-                model.train()
-                sampler.set_epoch(epoch)
-                for batch in track(loader, f"{title}, epoch {epoch}", len(loader)):
-                    set_learning_rate(optimizer, cyclic_learning_rate(step / len(loader), settings))
-                    values = train_step(model, batch.to(self.device), optimizer, settings, gate_prior)
-                    for name, value in values.items():
-                        losses[name].append(value)
-                    images += sum(int(present.sum()) for present in batch.present.values())
-                    step += 1
-            seconds = time.perf_counter() - started
-            val = self._validate(model, val_rows) if val_rows else None
-            record = {
-                "epoch": epoch,
-                "step": step,
-                "lr": optimizer.param_groups[0]["lr"],
-                "loss": {name: float(np.mean(values)) for name, values in losses.items()} or None,
-                "val": val,
-                "images_per_second": round(images / seconds, 2) if epoch else None,
-                "seconds": round(seconds, 3),
-            }
-            is_best = val is None or val["mAP"] > best
-            self._keep(model, folder, record, is_best)
-            if is_best:
-                best, since_best = (val["mAP"] if val else best), 0
-            else:
-                since_best += 1
-            say(f"{title}, epoch {epoch}/{settings.epochs}" + _describe(record, is_best))
-            if since_best >= settings.patience:
-                say(f"{title}: no better mAP in {settings.patience} validations, stopped")
-                break
-        chosen = read_checkpoint(folder.best)
-        restore(model, chosen.parameters)
-        folder.finished.touch()
-        if chosen.notes["epoch"] == 0:
-            say(f"{title}: the best mAP was that before the first step; training did not improve it")
+        Loop(self, model.to(self.device), folder, "stage 2", gate_prior).run()
+        write_atomically(folder.finished, b"{}")
 
     def taken_over(self) -> dict[str, Checkpoint]:
         """Stage 1 of another run, if the configuration names one."""
@@ -185,23 +169,177 @@ class Stages:
             for modality in (self.manifest.modalities if source else ())
         }
 
-    def _validate(self, model: nn.Module, rows: Sequence[Row]) -> dict[str, float]:
-        logits = predict_rows(model, rows, self.config, device=self.device, what="validate").logits
+    @cached_property
+    def fingerprint(self) -> dict[str, list[float]]:
+        """Of the trunk's frozen weights."""
+        return fingerprint(self.trunk)
+
+
+@dataclass
+class Position:
+    """Where a stage stands, between two steps."""
+
+    epoch: int = 0  # 0 is validated only: the model before its first step
+    batch: int = 0  # how many of the epoch's are done
+    step: int = 0
+    best: float = -1.0
+    since_best: int = 0
+    records: int = 0  # lines of the history
+    losses: dict[str, list[float]] = field(default_factory=dict)  # of the epoch's steps
+    images: int = 0
+    seconds: float = 0.0
+
+
+class Loop:
+    """A stage: train until validation stops improving, or for all epochs; leaves the model at its best.
+
+    Without validation rows the last epoch is the best. Each epoch writes a line of the history, the best checkpoint
+    when it is, and a snapshot to go on from; so does, between epochs, every ``save_minutes``, and being asked to stop.
+    """
+
+    def __init__(
+        self, stages: Stages, model: nn.Module, folder: StageFolder, title: str, gate_prior: int | None
+    ) -> None:
+        self.config, self.manifest, self.device = stages.config, stages.manifest, stages.device
+        self.asked_to_stop = stages.asked_to_stop
+        self.settings = settings = stages.config.train
+        self.model, self.folder, self.title, self.gate_prior = model, folder, title, gate_prior
+        self.origin: dict[str, Any] = {"trunk": stages.fingerprint, "manifest": manifest_hash(self.config)}
+        self.loader, self.sampler = training_loader(self.manifest.split("train"), self.config)
+        self.optimizer = make_optimizer(list(trainable_parameters(model).values()), settings)
+        self.at = Position()
+        self.best: dict[str, Tensor] = {}
+        self.best_notes: dict[str, Any] = {}
+        self.saved = time.monotonic()
+
+    def run(self) -> None:
+        settings, title, val_rows = self.settings, self.title, self.manifest.split("val")
+        count = sum(parameter.numel() for parameter in trainable_parameters(self.model).values())
+        rows = f"{len(self.manifest.split('train'))} train and {len(val_rows)} val samples"
+        say(f"{title}: {rows}, {count:,} trained parameters")
+        self._go_on()
+        narrow_frozen(self.model, settings.precision)
+        if settings.compile != "off":
+            compile_backbones(self.model, settings.compile)
+        while self.at.epoch <= settings.epochs and self.at.since_best < settings.patience:
+            if self.at.epoch:
+                self._train_epoch()
+            self._close_epoch(self.validate(val_rows) if val_rows else None)
+        if self.at.since_best >= settings.patience:
+            say(f"{title}: no better mAP in {settings.patience} validations, stopped")
+        restore(self.model, self.best)
+        write_checkpoint(self.folder.best, self.best, self.best_notes)
+        if self.best_notes["epoch"] == 0:
+            say(f"{title}: the best mAP was that before the first step; training did not improve it")
+
+    def validate(self, rows: Sequence[Row]) -> dict[str, float]:
+        """mAP and the other measures over all samples."""
+        logits = predict_rows(self.model, rows, self.config, device=self.device, what="validate").logits
         labels, patients = np.array([row.label for row in rows]), [row.patient for row in rows]
         measured = summarise(
             logits, labels, patients, self.manifest.classes, multi_label=self.manifest.multi_label, bootstrap=0
         )
         return {name: figure["value"] for name, figure in measured["overall"].items()}
 
-    def _keep(self, model: nn.Module, folder: StageFolder, record: dict[str, Any], is_best: bool) -> None:
-        state = trained_state(model)
-        notes = {"epoch": record["epoch"], "step": record["step"], "val": record["val"]}
-        notes |= {"trunk": self.fingerprint, "manifest": manifest_hash(self.config)}
-        write_checkpoint(folder.last, state, notes)
+    def _train_epoch(self) -> None:
+        at, settings, title = self.at, self.settings, self.title
+        self.model.train()
+        self.sampler.set_epoch(at.epoch, start=at.batch * settings.batch_size)
+        before, started = at.seconds, time.perf_counter()
+        for batch in track(self.loader, f"{title}, epoch {at.epoch}", len(self.loader) - at.batch):
+            set_learning_rate(self.optimizer, cyclic_learning_rate(at.step / len(self.loader), settings))
+            values = train_step(self.model, batch.to(self.device), self.optimizer, settings, self.gate_prior)
+            for name, value in values.items():
+                at.losses.setdefault(name, []).append(value)
+            at.images += sum(int(present.sum()) for present in batch.present.values())
+            at.batch, at.step, at.seconds = at.batch + 1, at.step + 1, before + time.perf_counter() - started
+            if self.asked_to_stop() or time.monotonic() - self.saved > 60 * settings.save_minutes:
+                self._save()
+            self._stop_if_asked()
+
+    def _close_epoch(self, val: dict[str, float] | None) -> None:
+        at, folder = self.at, self.folder
+        record = {
+            "epoch": at.epoch,
+            "step": at.step,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "loss": {name: float(np.mean(values)) for name, values in at.losses.items()} or None,
+            "val": val,
+            "images_per_second": round(at.images / at.seconds, 2) if at.images else None,
+            "seconds": round(at.seconds, 3),
+        }
+        is_best = val is None or val["mAP"] > at.best
         if is_best:
-            write_checkpoint(folder.best, state, notes)
+            self.best, at.best = trained_state(self.model), (val["mAP"] if val else at.best)
+            self.best_notes = {"epoch": at.epoch, "step": at.step, "val": val, **self.origin}
+            write_checkpoint(folder.best, self.best, self.best_notes)
         with folder.history.open("a", encoding="utf-8") as history:
             history.write(json.dumps(record, allow_nan=False) + "\n")
+        say(f"{self.title}, epoch {at.epoch}/{self.settings.epochs}" + _describe(record, is_best))
+        self.at = Position(
+            epoch=at.epoch + 1,
+            step=at.step,
+            best=at.best,
+            since_best=0 if is_best else at.since_best + 1,
+            records=at.records + 1,
+        )
+        self._save()
+        self._stop_if_asked()
+
+    def _stop_if_asked(self) -> None:
+        if number := self.asked_to_stop():
+            raise Interrupted(number)
+
+    def _save(self) -> None:
+        moments, numbers = optimizer_state(self.optimizer)
+        tensors = {
+            "parameters": trained_state(self.model),
+            "best": self.best,
+            "optimizer": moments,
+            "random": random_state(self.device),
+        }
+        notes = {
+            "position": asdict(self.at),
+            "optimizer": numbers,
+            "best": self.best_notes,
+            "origin": self.origin,
+            "environment": environment(self.device),
+        }
+        # Two snapshots of one step: at the end of an epoch, and before the first step of the next.
+        write_snapshot(self.folder.snapshots, Snapshot(2 * self.at.step + (self.at.batch == 0), tensors, notes))
+        self.saved = time.monotonic()
+
+    def _go_on(self) -> None:
+        """From the newest snapshot, if there is one."""
+        self.folder.path.mkdir(parents=True, exist_ok=True)
+        snapshot = newest_snapshot(self.folder.snapshots)
+        if snapshot is not None:
+            self._require_same_origin(snapshot.notes)
+            self.at = Position(**snapshot.notes["position"])
+            self.best, self.best_notes = snapshot.tensors["best"], snapshot.notes["best"]
+            restore(self.model, snapshot.tensors["parameters"])
+            load_optimizer_state(self.optimizer, snapshot.tensors["optimizer"], snapshot.notes["optimizer"])
+            set_random_state(snapshot.tensors["random"], self.device)
+            say(f"{self.title}: going on in epoch {self.at.epoch} after step {self.at.step}")
+        # A line may have been written after the last snapshot.
+        lines = self.folder.history.read_text(encoding="utf-8").splitlines(True) if self.folder.history.exists() else []
+        write_atomically(self.folder.history, "".join(lines[: self.at.records]).encode())
+
+    def _require_same_origin(self, notes: Mapping[str, Any]) -> None:
+        if notes["origin"]["manifest"] != self.origin["manifest"]:
+            raise ValueError(
+                f"{self.config.data.manifest} is not what it was when {self.folder.path} was begun; restore it, or"
+                " choose another folder with --out"
+            )
+        if self.config.model.adapter != "full" and not same_weights(notes["origin"]["trunk"], self.origin["trunk"]):
+            raise ValueError(
+                f"the frozen weights of backbone '{self.config.model.backbone}' are not those that {self.folder.path}"
+                " was begun with"
+            )
+        was, now = notes["environment"], environment(self.device)
+        changed = [f"{name} (was {was.get(name)}, is {value})" for name, value in now.items() if was.get(name) != value]
+        if changed:
+            say(f"note: weights may differ in their last bits from those of an unbroken run: {', '.join(changed)}")
 
 
 def train_step(
@@ -269,52 +407,6 @@ def make_optimizer(parameters: Sequence[nn.Parameter], settings: TrainConfig) ->
     return torch.optim.SGD(
         parameters, lr=settings.lr_low, momentum=settings.momentum, weight_decay=settings.weight_decay
     )
-
-
-def _resolve(config: Config, manifest: Manifest) -> Config:
-    """The configuration as it is saved: classes in their order, files by absolute paths."""
-    prior = config.train.gate_prior
-    if prior and prior not in manifest.modalities:
-        raise ValueError(f"gate_prior must be one of {', '.join(manifest.modalities)}, got '{prior}'")
-    data = replace(config.data, classes=manifest.classes, manifest=str(Path(config.data.manifest).resolve()))
-    weights = str(Path(config.model.weights).resolve()) if config.model.weights else ""
-    source = str(Path(config.train.stage1_from).resolve()) if config.train.stage1_from else ""
-    return replace(
-        config,
-        data=data,
-        model=replace(config.model, weights=weights),
-        train=replace(config.train, stage1_from=source),
-    )
-
-
-def _require_measurable(manifest: Manifest) -> None:
-    """Every class can be learned; and the mAP that chooses the gate prior and the best epoch exists."""
-    counts = {split: _positives(manifest, split).sum(0) for split in SPLITS}
-    unseen = [name for name, count in zip(manifest.classes, counts["train"], strict=True) if not count]
-    if unseen:
-        raise ValueError(f"no train row is of class {', '.join(unseen)}; is a label misspelt, or a split wrong?")
-    for split in ("train", "val"):
-        rows = len(manifest.split(split))
-        if rows and not any(0 < count < rows for count in counts[split]):
-            raise ValueError(
-                f"the {split} rows are all alike, so no average precision can be computed on them; add {split} rows of"
-                " other classes, or leave val out altogether to train for exactly --epochs epochs"
-            )
-    numbers = zip(manifest.classes, *counts.values(), strict=True)
-    say(f"classes, {'/'.join(SPLITS)} rows: " + ", ".join(f"{name} {a}/{b}/{c}" for name, a, b, c in numbers))
-
-
-def _positives(manifest: Manifest, split: str) -> np.ndarray:
-    """(N, C) bool: which rows of a split are of which class."""
-    labels = [row.label for row in manifest.split(split)]
-    if manifest.multi_label:
-        return np.array(labels, dtype=bool).reshape(len(labels), len(manifest.classes))
-    return np.array(labels, dtype=int)[:, None] == np.arange(len(manifest.classes))
-
-
-def _make_empty(folder: RunFolder) -> None:
-    if folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
-        raise ValueError(f"{folder.path} exists and is not an empty folder; choose another with --out")
 
 
 def _describe(record: dict[str, Any], is_best: bool) -> str:

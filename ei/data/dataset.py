@@ -174,16 +174,18 @@ class EpochSampler(Sampler[Draw]):
         self.rows = tuple(rows)
         self.seed = seed
         self.balance = balance
-        self.epoch = 0
+        self.epoch = self.start = 0
         self._length = len(epoch_order(rows, seed=seed, epoch=0, balance=balance))
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """The next pass is ``epoch``, without its first ``start`` draws."""
+        self.epoch, self.start = epoch, start
 
     def __iter__(self) -> Iterator[Draw]:
-        return iter(epoch_order(self.rows, seed=self.seed, epoch=self.epoch, balance=self.balance))
+        return iter(epoch_order(self.rows, seed=self.seed, epoch=self.epoch, balance=self.balance)[self.start :])
 
     def __len__(self) -> int:
+        """Draws of a whole epoch."""
         return self._length
 
 

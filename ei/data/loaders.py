@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch.utils.data import DataLoader
 
 from ei.config import Config
@@ -43,4 +44,6 @@ def _loader(rows: Sequence[Row], config: Config, sampler: EpochSampler | None) -
         collate_fn=collate,
         num_workers=workers,
         persistent_workers=workers > 0,
+        # Of its own, or each pass would move the generator that dropout draws from.
+        generator=torch.Generator(),
     )

@@ -43,7 +43,7 @@ def configuration(manifest: Path, **train: object) -> Config:
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def study_config() -> Callable[..., Config]:
     """(manifest, fields of TrainConfig) -> a configuration that trains within a second."""
     return configuration
@@ -52,6 +52,12 @@ def study_config() -> Callable[..., Config]:
 @pytest.fixture
 def manifest(tmp_path: Path) -> Path:
     return write_study(tmp_path / "study")
+
+
+@pytest.fixture(scope="session")
+def lasting_manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same study for runs that several tests look at; it is only read."""
+    return write_study(tmp_path_factory.mktemp("lasting") / "study")
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from torch import nn
 from ei.checkpoint import read_checkpoint
 from ei.config import Config, TrainConfig
 from ei.data.manifest import ManifestError
+from ei.snapshots import Snapshot, newest_snapshot
 from ei.training import TrainingError, cyclic_learning_rate, make_optimizer, train
 
 
@@ -18,13 +19,20 @@ def history(stage) -> list[dict]:
     return [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
 
 
+def last(stage) -> Snapshot:
+    return newest_snapshot(stage / "snapshots")
+
+
 def test_a_run_folder_is_complete(finished):
     files = {str(path.relative_to(finished)) for path in finished.rglob("*") if path.is_file()}
     stages = ("stage1/cfp", "stage1/oct", "stage2")
-    kept = {f"{stage}/{name}" for stage in stages for name in ("metrics.jsonl", "best.safetensors", "last.safetensors")}
-    kept |= {f"{stage}/finished" for stage in stages}
+    kept = {f"{stage}/{name}" for stage in stages for name in ("metrics.jsonl", "best.safetensors", "finished")}
+    in_snapshot = {f"{group}.safetensors" for group in ("best", "optimizer", "parameters", "random")}
+    in_snapshot |= {"manifest.json", "notes.json"}
+    steps = ("step-000000001", "step-000000005")  # before the first step, and after the second
+    kept |= {f"{stage}/snapshots/{step}/{name}" for stage in stages for step in steps for name in in_snapshot}
     results = {"metrics.json", "predictions.csv", "gates.json", "report.html"}
-    assert files == kept | results | {"config.yaml"}
+    assert files == kept | results | {"config.yaml", ".lock"}
 
 
 def test_history_begins_before_the_first_step(finished):
@@ -107,19 +115,19 @@ def test_the_gate_prior_is_the_best_modality_on_the_training_rows(manifest, tmp_
     import ei.training as training
 
     asked, seen = [], []
-    validate, loss = training.Stages._validate, training.loss_terms
+    validate, loss = training.Loop.validate, training.loss_terms
 
-    def scores(self, model, rows):
-        if getattr(model, "modality", None) and len(rows) == 12:
-            asked.append((model.modality, {row.split for row in rows}))
-            return {"mAP": {"cfp": 0.4, "oct": 0.6}[model.modality]}
-        return validate(self, model, rows)
+    def scores(self, rows):
+        if getattr(self.model, "modality", None) and len(rows) == 12:
+            asked.append((self.model.modality, {row.split for row in rows}))
+            return {"mAP": {"cfp": 0.4, "oct": 0.6}[self.model.modality]}
+        return validate(self, rows)
 
     def terms(*args, gate_prior, **kwargs):
         seen.append(gate_prior)
         return loss(*args, gate_prior=gate_prior, **kwargs)
 
-    monkeypatch.setattr(training.Stages, "_validate", scores)
+    monkeypatch.setattr(training.Loop, "validate", scores)
     monkeypatch.setattr(training, "loss_terms", terms)
     train(study_config(manifest), tmp_path / "run")
     assert asked == [("cfp", {"train"}), ("oct", {"train"})]
@@ -164,7 +172,7 @@ def test_the_same_seed_gives_the_same_weights(manifest, tmp_path, study_config):
     runs = [
         train(study_config(manifest, seed=seed, stages="2"), tmp_path / f"run{i}") for i, seed in enumerate((3, 3, 4))
     ]
-    one, same, other = (read_checkpoint(run / "stage2/last.safetensors").parameters for run in runs)
+    one, same, other = (last(run / "stage2").tensors["parameters"] for run in runs)
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert not all(torch.equal(one[name], other[name]) for name in one)
 
@@ -173,7 +181,7 @@ def test_the_number_of_workers_changes_nothing(manifest, tmp_path, study_config)
     runs = [
         train(study_config(manifest, stages="2", workers=workers), tmp_path / f"run{workers}") for workers in (0, 2)
     ]
-    one, other = (read_checkpoint(run / "stage2/last.safetensors").parameters for run in runs)
+    one, other = (last(run / "stage2").tensors["parameters"] for run in runs)
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -189,7 +197,7 @@ def test_best_is_the_epoch_of_the_best_map(manifest, tmp_path, study_config):
     scores = [line["val"]["mAP"] for line in history(run / "stage2")]
     notes = read_checkpoint(run / "stage2/best.safetensors").notes
     assert notes["epoch"] == int(np.argmax(scores)) and notes["val"]["mAP"] == max(scores)
-    assert read_checkpoint(run / "stage2/last.safetensors").notes["epoch"] == 4
+    assert last(run / "stage2").notes["position"]["epoch"] == 5
 
 
 def test_stops_when_nothing_gets_better(manifest, tmp_path, study_config):
@@ -236,11 +244,13 @@ def test_several_labels_per_sample(manifest, tmp_path, study_config):
     assert metrics["multi_label"] and metrics["classes"] == ["acl", "meniscus"]
 
 
-def test_the_folder_must_be_new(finished, manifest, study_config):
+def test_the_folder_must_be_new_or_of_the_same_run(finished, manifest, study_config):
     before = (finished / "config.yaml").stat().st_mtime_ns
-    with pytest.raises(ValueError, match="exists and is not an empty folder"):
+    with pytest.raises(ValueError, match=r"begun with other settings: data manifest \(was .*--out"):
         train(study_config(manifest), finished)
     assert (finished / "config.yaml").stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match="is neither a run nor an empty folder"):
+        train(study_config(manifest), manifest.parent)
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -313,7 +323,7 @@ def test_nothing_that_is_not_finite_reaches_a_weight(manifest, tmp_path, monkeyp
 
     build = training.build_model
     monkeypatch.setattr(training, "build_model", poisoned)
-    monkeypatch.setattr(training.Stages, "_validate", lambda *_: {"mAP": 0.0})
+    monkeypatch.setattr(training.Loop, "validate", lambda *_: {"mAP": 0.0})
     config = study_config(manifest, stages="2")
     config = replace(config, model=replace(config.model, detach_fusion=False))
     with pytest.raises(TrainingError, match="not finite for the samples train"):

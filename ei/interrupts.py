@@ -1,0 +1,49 @@
+"""Ctrl-C and SIGTERM while training: save first, then stop."""
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(Exception):
+    """Training was asked to stop, and has saved where it stands."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal.Signals(signal_number).name)
+        self.exit_code = 128 + signal_number  # as a shell reports it
+
+
+@contextmanager
+def deferred() -> Iterator[Callable[[], int | None]]:
+    """Within the context, the first signal is only noted, and a second one acts as it always did.
+
+    Gives a function that says which signal has come, if any. Outside the main thread, where Python gives no signals,
+    nothing is changed.
+    """
+    come: list[int] = []
+    before: dict[int, object] = {}
+    owner = os.getpid()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        come.append(number)
+        restore()
+        if os.getpid() == owner:  # and not a process that loads images, which a terminal's Ctrl-C reaches, too
+            # Not printed: the signal may have come in the middle of a print.
+            os.write(2, b"\nstopping after this step, once it is saved; a second time stops at once\n")
+
+    def restore() -> None:
+        for number in list(before):
+            signal.signal(number, before.pop(number))  # type: ignore[arg-type]
+
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            before[number] = signal.signal(number, note)
+    try:
+        yield lambda: come[0] if come else None
+    finally:
+        restore()

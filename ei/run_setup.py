@@ -1,0 +1,108 @@
+"""Before training: what a configuration resolves to, and whether a run may begin in a folder, or go on in it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from ei.config import Config
+from ei.data.manifest import SPLITS, Manifest
+from ei.progress import say
+from ei.run_folder import RunFolder
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+# What may differ when a run goes on: it changes how fast results come, and not what they are.
+MAY_CHANGE = {"train": {"device", "workers", "save_minutes"}}
+
+
+def resolved(config: Config, manifest: Manifest) -> Config:
+    """The configuration as it is saved: classes in their order, files by absolute paths."""
+    prior = config.train.gate_prior
+    if prior and prior not in manifest.modalities:
+        raise ValueError(f"gate_prior must be one of {', '.join(manifest.modalities)}, got '{prior}'")
+    data = replace(config.data, classes=manifest.classes, manifest=str(Path(config.data.manifest).resolve()))
+    weights = str(Path(config.model.weights).resolve()) if config.model.weights else ""
+    source = str(Path(config.train.stage1_from).resolve()) if config.train.stage1_from else ""
+    return replace(
+        config,
+        data=data,
+        model=replace(config.model, weights=weights),
+        train=replace(config.train, stage1_from=source),
+    )
+
+
+def require_measurable(manifest: Manifest) -> None:
+    """Every class can be learned; and the mAP that chooses the gate prior and the best epoch exists."""
+    counts = {split: _positives(manifest, split).sum(0) for split in SPLITS}
+    unseen = [name for name, count in zip(manifest.classes, counts["train"], strict=True) if not count]
+    if unseen:
+        raise ValueError(f"no train row is of class {', '.join(unseen)}; is a label misspelt, or a split wrong?")
+    for split in ("train", "val"):
+        rows = len(manifest.split(split))
+        if rows and not any(0 < count < rows for count in counts[split]):
+            raise ValueError(
+                f"the {split} rows are all alike, so no average precision can be computed on them; add {split} rows of"
+                " other classes, or leave val out altogether to train for exactly --epochs epochs"
+            )
+    numbers = zip(manifest.classes, *counts.values(), strict=True)
+    say(f"classes, {'/'.join(SPLITS)} rows: " + ", ".join(f"{name} {a}/{b}/{c}" for name, a, b, c in numbers))
+
+
+def resumes(folder: RunFolder, config: Config) -> bool:
+    """Whether the folder holds a run of this configuration, to go on with; False if it is new or empty.
+
+    Raises:
+        ValueError: it holds something else, or a run with other settings, which are listed.
+    """
+    if folder.path.exists() and not folder.path.is_dir():
+        raise ValueError(f"{folder.path} exists and is not a folder; choose another with --out")
+    if not folder.config.is_file():
+        # Names with a dot are what a run leaves that was killed before it began.
+        if folder.path.exists() and any(not path.name.startswith(".") for path in folder.path.iterdir()):
+            raise ValueError(f"{folder.path} is neither a run nor an empty folder; choose another with --out")
+        return False
+    begun = Config.load(folder.config).to_dict()
+    different = [
+        f"{section} {name} (was {begun[section][name]}, is {value})"
+        for section, values in config.to_dict().items()
+        for name, value in values.items()
+        if value != begun[section][name] and name not in MAY_CHANGE.get(section, ())
+    ]
+    if different:
+        raise ValueError(
+            f"the run in {folder.path} was begun with other settings: {'; '.join(different)}. Choose another folder"
+            " with --out, or go on with the settings it has"
+        )
+    return True
+
+
+@contextmanager
+def locked(folder: RunFolder) -> Iterator[None]:
+    """Make the folder and keep other processes from training in it; the lock ends with the process, however it ends.
+
+    Raises:
+        ValueError: another process is training there.
+        OSError: the folder cannot be made or written.
+    """
+    folder.path.mkdir(parents=True, exist_ok=True)
+    with (folder.path / ".lock").open("w") as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(f"another process is training in {folder.path}; choose another with --out") from error
+        yield
+
+
+def _positives(manifest: Manifest, split: str) -> np.ndarray:
+    """(N, C) bool: which rows of a split are of which class."""
+    labels = [row.label for row in manifest.split(split)]
+    if manifest.multi_label:
+        return np.array(labels, dtype=bool).reshape(len(labels), len(manifest.classes))
+    return np.array(labels, dtype=int)[:, None] == np.arange(len(manifest.classes))

@@ -1,0 +1,365 @@
+"""A run that was stopped, at any point and in any way, goes on to the weights of one that was not."""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import ei.training as training
+from ei.checkpoint import read_checkpoint
+from ei.cli import run as command_line
+from ei.config import Config
+from ei.interrupts import Interrupted
+from ei.snapshots import newest_snapshot
+from ei.training import train
+
+STAGES = ("stage1/cfp", "stage1/oct", "stage2")
+
+
+@pytest.fixture(scope="module")
+def config(lasting_manifest, study_config) -> Config:
+    """With dropout, so that the state of the generators matters; 2 epochs of 3 steps per stage."""
+    config = study_config(lasting_manifest, epochs=2, batch_size=5)
+    return replace(config, model=replace(config.model, ranks=(1, 2), dropout=0.2))
+
+
+@pytest.fixture(scope="module")
+def unbroken(config, tmp_path_factory):
+    """Only read."""
+    return train(config, tmp_path_factory.mktemp("resume") / "unbroken")
+
+
+class Stop(Exception):
+    """Stands for a kill: nothing is caught, nothing is saved."""
+
+
+def assert_same(one: Path, other: Path) -> None:
+    for stage in STAGES:
+        first, second = (read_checkpoint(run / stage / "best.safetensors") for run in (one, other))
+        assert first.notes == second.notes
+        assert first.parameters.keys() == second.parameters.keys()
+        for name, tensor in first.parameters.items():
+            assert torch.equal(tensor, second.parameters[name]), (stage, name)
+        last, last_other = (newest_snapshot(run / stage / "snapshots") for run in (one, other))
+        for group, tensors in last.tensors.items():
+            assert all(torch.equal(tensor, last_other.tensors[group][name]) for name, tensor in tensors.items()), group
+        histories = [(run / stage / "metrics.jsonl").read_text().splitlines() for run in (one, other)]
+        lines = [[json.loads(line) for line in history] for history in histories]
+        for ours, theirs in zip(*lines, strict=True):
+            for timing in ("seconds", "images_per_second"):
+                del ours[timing], theirs[timing]
+            assert ours == theirs
+    tables = [(run / "predictions.csv").read_bytes() for run in (one, other)]
+    assert tables[0] == tables[1]
+
+
+@pytest.mark.parametrize("save_minutes", [0.0, 10.0], ids=["saved at every step", "saved at every epoch"])
+def test_killed_at_any_step(config, tmp_path, unbroken, monkeypatch, save_minutes):
+    """Killed after every fourth step, eighteen in all, until it gets to the end."""
+    config = replace(config, train=replace(config.train, save_minutes=save_minutes))
+    step, done = training.train_step, []
+
+    def mortal(*args):
+        values = step(*args)
+        done.append(True)
+        if len(done) % 4 == 0:
+            raise Stop
+        return values
+
+    monkeypatch.setattr(training, "train_step", mortal)
+    kills = 0
+    while True:
+        try:
+            train(config, tmp_path / "broken")
+            break
+        except Stop:
+            kills += 1
+    assert kills > 3
+    assert len(done) > 18  # some steps were taken twice
+    assert_same(unbroken, tmp_path / "broken")
+
+
+@pytest.mark.parametrize("where", ["write_checkpoint", "write_snapshot", "write_atomically", "evaluate"])
+def test_killed_before_or_after_anything_is_written(config, tmp_path, unbroken, monkeypatch, where):
+    write, calls = getattr(training, where), []
+
+    def mortal(*args):
+        calls.append(True)
+        if len(calls) % 3 == 0:
+            raise Stop
+        write(*args)
+        if len(calls) % 3 == 1:
+            raise Stop
+
+    monkeypatch.setattr(training, where, mortal)
+    for _ in range(60):
+        try:
+            train(config, tmp_path / "broken")
+            break
+        except Stop:
+            pass
+    else:
+        pytest.fail("it never came to an end")
+    assert_same(unbroken, tmp_path / "broken")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_first_and_the_same_call_goes_on(config, tmp_path, unbroken, monkeypatch, number):
+    step, done = training.train_step, []
+
+    def signalled(*args):
+        done.append(True)
+        if len(done) == 8:  # the second step of the second epoch or so
+            os.kill(os.getpid(), number)
+        return step(*args)
+
+    monkeypatch.setattr(training, "train_step", signalled)
+    before = signal.getsignal(number)
+    with pytest.raises(Interrupted) as caught:
+        train(config, tmp_path / "broken")
+    assert caught.value.exit_code == 128 + number
+    assert signal.getsignal(number) is before
+    assert len(done) == 8
+    train(config, tmp_path / "broken")
+    assert len(done) == 18, "a step that was saved was taken again"
+    assert_same(unbroken, tmp_path / "broken")
+
+
+def test_a_second_signal_stops_at_once(config, tmp_path, monkeypatch):
+    def signalled(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+        pytest.fail("it went on")
+
+    monkeypatch.setattr(training, "train_step", signalled)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "run")
+
+
+def test_the_command_line_says_how_to_go_on(config, tmp_path, monkeypatch, capsys):
+    step = training.train_step
+
+    def signalled(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args)
+
+    monkeypatch.setattr(training, "train_step", signalled)
+    config.save(tmp_path / "config.yaml")
+    words = ["train", "--config", str(tmp_path / "config.yaml"), "--out", str(tmp_path / "run")]
+    assert command_line(words) == 143
+    assert "stopped by SIGTERM and saved; the same command goes on from there" in capsys.readouterr().err
+
+
+def test_a_finished_run_is_left_alone(config, unbroken, capsys):
+    files = {path: path.stat().st_mtime_ns for path in unbroken.rglob("*")}
+    train(config, unbroken)
+    assert "is finished, there is nothing to do" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in unbroken.rglob("*")} == files
+
+
+@pytest.fixture(scope="module")
+def lasting_stopped(config, tmp_path_factory):
+    """A run that was killed in stage 2, with two snapshots there; only read."""
+    step, done, run = training.train_step, [], tmp_path_factory.mktemp("resume") / "stopped"
+
+    def mortal(*args):
+        done.append(True)
+        if len(done) > 17:
+            raise Stop
+        return step(*args)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(training, "train_step", mortal)
+        with pytest.raises(Stop):
+            train(replace(config, train=replace(config.train, save_minutes=0.0)), run)
+    return run
+
+
+@pytest.fixture
+def stopped(lasting_stopped, tmp_path):
+    return shutil.copytree(lasting_stopped, tmp_path / "stopped")
+
+
+def newest(run: Path) -> Path:
+    return max((run / "stage2/snapshots").glob("step-*"))
+
+
+def cut(path: Path, length: int) -> None:
+    with path.open("r+b") as file:
+        file.truncate(max(0, path.stat().st_size + length) if length < 0 else length)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def zero_tail(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:-16] + bytes(16))
+
+
+DAMAGES = {
+    "empty": lambda path: cut(path, 0),
+    "first bytes only": lambda path: cut(path, 7),
+    "half": lambda path: cut(path, path.stat().st_size // 2),
+    "last byte gone": lambda path: cut(path, -1),
+    "bit flipped": flip,
+    "tail zeroed": zero_tail,
+    "missing": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("name", ["parameters.safetensors", "optimizer.safetensors", "notes.json", "manifest.json"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_snapshot_is_named_and_the_one_before_it_is_used(stopped, capsys, name, damage):
+    before, path = sorted((stopped / "stage2/snapshots").glob("step-*"))
+    DAMAGES[damage](path / name)
+    found = newest_snapshot(stopped / "stage2/snapshots")
+    assert f"step-{found.step:09d}" == before.name
+    assert f"{path} is damaged" in capsys.readouterr().out
+
+
+def test_snapshots_that_were_swapped_are_noticed(stopped, capsys):
+    before, path = sorted((stopped / "stage2/snapshots").glob("step-*"))
+    path.rename(path.with_name("other"))
+    before.rename(path)
+    path.with_name("other").rename(before)
+    assert newest_snapshot(stopped / "stage2/snapshots") is None
+    assert capsys.readouterr().out.count("is damaged") == 2
+
+
+def test_files_of_two_snapshots_that_were_swapped_are_noticed(stopped):
+    before, path = sorted((stopped / "stage2/snapshots").glob("step-*"))
+    shutil.copy(before / "parameters.safetensors", path / "parameters.safetensors")
+    assert f"step-{newest_snapshot(stopped / 'stage2/snapshots').step:09d}" == before.name
+
+
+def test_a_run_goes_on_from_the_snapshot_before_a_damaged_one(config, stopped, unbroken):
+    flip(newest(stopped) / "optimizer.safetensors")
+    (stopped / "stage2/snapshots/.tmp-99-1").mkdir()  # what a kill leaves behind
+    train(config, stopped)
+    assert_same(unbroken, stopped)
+    assert not list((stopped / "stage2/snapshots").glob(".tmp*"))
+
+
+def test_other_settings_are_refused_and_named(config, stopped):
+    with pytest.raises(ValueError, match=r"begun with other settings: train lr \(was 0.003, is 0.1\)"):
+        train(replace(config, train=replace(config.train, lr=0.1)), stopped)
+    train(replace(config, train=replace(config.train, workers=1)), stopped)  # changes nothing but the speed
+
+
+def test_another_manifest_is_refused(config, stopped, lasting_manifest):
+    content = lasting_manifest.read_text()
+    try:
+        lasting_manifest.write_text(content.replace("train3,", "trainee3,", 1))
+        with pytest.raises(ValueError, match="is not what it was when .* was begun"):
+            train(config, stopped)
+    finally:
+        lasting_manifest.write_text(content)
+
+
+def test_other_frozen_weights_are_refused(config, stopped, monkeypatch):
+    load = training.load_trunk
+
+    def other(config):
+        trunk = load(config)
+        with torch.no_grad():
+            next(trunk.parameters()).add_(1.0)
+        return trunk
+
+    monkeypatch.setattr(training, "load_trunk", other)
+    with pytest.raises(ValueError, match="frozen weights of backbone 'tiny' are not those"):
+        train(config, stopped)
+
+
+def test_another_number_of_threads_is_said(config, stopped, capsys):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        train(config, stopped)
+    finally:
+        torch.set_num_threads(threads)
+    said = capsys.readouterr().out
+    assert f"may differ in their last bits from those of an unbroken stopped: threads (was {threads}" in said
+
+
+def test_a_full_disk_leaves_the_snapshots_before(config, stopped, monkeypatch):
+    there = sorted((stopped / "stage2/snapshots").glob("step-*"))
+    fsync = os.fsync
+
+    def full(descriptor):
+        if "snapshots" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            train(config, stopped)
+    assert sorted((stopped / "stage2/snapshots").iterdir()) == there
+
+
+def _train_in_another_process(config: Config, run: Path) -> None:
+    torch.set_num_threads(1)
+    train(config, run)
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Processes that begin with everything imported, so that a kill comes while training and not before."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ei.training", "ei.models", "torch"])
+    return context
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs signals of POSIX")
+def test_two_processes_in_one_folder(config, stopped, processes):
+    with training.locked(training.RunFolder(stopped)):
+        second = processes.Process(target=_train_in_another_process, args=(config, stopped))
+        second.start()
+        second.join(120)
+    assert second.exitcode == 1
+    with pytest.raises(ValueError, match="another process is training in"):  # noqa: SIM117
+        with training.locked(training.RunFolder(stopped)), training.locked(training.RunFolder(stopped)):
+            pass
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs kill -9")
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_for_good_at_random_instants(config, tmp_path, processes, kills):
+    """kill -9, wherever it happens to be; when a run gets to its end before all kills are done, another is begun."""
+    config = replace(config, train=replace(config.train, save_minutes=0.0))
+    draw, done, runs = random.Random(0), 0, [tmp_path / "broken0"]
+    _finish(processes, config, tmp_path / "unbroken")
+    while done < kills:
+        child = processes.Process(target=_train_in_another_process, args=(config, runs[-1]))
+        child.start()
+        child.join(draw.uniform(0.2, 4.0))
+        if child.exitcode is None:
+            os.kill(child.pid, signal.SIGKILL)
+            child.join()
+            done += 1
+        else:
+            assert child.exitcode == 0, "it failed by itself"
+            runs.append(tmp_path / f"broken{len(runs)}")
+    _finish(processes, config, runs[-1])
+    for run in runs:
+        assert_same(tmp_path / "unbroken", run)
+
+
+def _finish(processes, config: Config, run: Path) -> None:
+    child = processes.Process(target=_train_in_another_process, args=(config, run))
+    child.start()
+    child.join()
+    assert child.exitcode == 0
