@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mor.config import MoRConfig
 from mor.files import write_atomically
+from mor.hosts import linear_names
 from mor.injection import eject, inject_names, injection_of, mor_layers, trainable_parameters
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -92,8 +93,8 @@ def load(model: Model, directory: str | os.PathLike[str]) -> Model:
             f" {injected.config} on {len(injected.names)}; call mor.eject on it first"
         )
     if injected is None:
-        plain = dict(model.named_modules(remove_duplicate=False))
-        absent = [name for name in modules if not isinstance(plain.get(name), nn.Linear)]
+        plain = linear_names(model)
+        absent = [name for name in modules if name not in plain]
         if absent:
             raise ValueError(f"the adapter in {folder} does not fit the model, which lacks the layers {_few(absent)}")
         inject_names(model, modules, config)

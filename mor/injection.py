@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from mor.config import MoRConfig
+from mor.hosts import HostChange, prepare, restore
 from mor.layer import MoRLinear
 from mor.roles import resolve
 
@@ -21,6 +22,7 @@ class Injection:
     config: MoRConfig
     names: tuple[str, ...]
     requires_grad: Mapping[str, bool]  # of every parameter before
+    host_changes: tuple[HostChange, ...]
 
 
 def inject(
@@ -40,8 +42,9 @@ def inject(
 
     Args:
         model: A Vision Transformer, or any module that contains nn.Linear layers.
-        targets: Roles "qkv", "proj", "fc" (both layers of the MLP), "fc1", "fc2", which are looked for inside
-            transformer blocks only; any other string is an fnmatch pattern of the full dotted name.
+        targets: Roles "qkv", "proj", "fc" (all layers of the MLP), "fc1", "fc2", "all", which are looked for inside
+            transformer blocks only; any other string is an fnmatch pattern of the full dotted name. What an
+            nn.MultiheadAttention keeps in ``in_proj_weight`` is called ``in_proj``.
         config: Settings of the layers; the default is :class:`mor.MoRConfig`'s.
         exclude: Roles or patterns of layers to leave alone.
         layers: Numbers of the blocks to adapt, from 0 in forward order, negative from the end; None: all.
@@ -52,7 +55,8 @@ def inject(
 
     Raises:
         ValueError: a target or exclusion matches nothing (the message lists candidates), a block does not
-            exist, a layer could not be adapted, or the model has Mixture-of-Ranks layers already.
+            exist, a layer could not be adapted or would never be called by the module around it, or the model has
+            Mixture-of-Ranks layers already.
 
     >>> block = nn.ModuleDict({"attn": nn.Identity(), "mlp": nn.ModuleDict({"fc1": nn.Linear(8, 32)})})
     >>> model = inject(nn.Sequential(block), targets="fc")
@@ -77,9 +81,11 @@ def inject_names(model: nn.Module, names: Iterable[str], config: MoRConfig) -> N
     """Adapt exactly the layers of these full names, all or none; freeze everything else."""
     requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     names = tuple(names)
+    host_changes = prepare(model, names)
     try:
         adapted = {base: MoRLinear(base, config) for base in map(model.get_submodule, names)}  # type: ignore[arg-type]
     except Exception:
+        restore(model, host_changes)
         _set_requires_grad(model, requires_grad)
         raise
     _replace_modules(model, adapted)
@@ -89,17 +95,18 @@ def inject_names(model: nn.Module, names: Iterable[str], config: MoRConfig) -> N
         layer.train(layer.base.training)
         for parameter in layer.adapter_parameters().values():
             parameter.requires_grad_(True)
-    model._mor_injection = Injection(config, names, requires_grad)  # type: ignore[assignment]
+    model._mor_injection = Injection(config, names, requires_grad, host_changes)  # type: ignore[assignment]
 
 
 def eject(model: Model) -> Model:
-    """Put the original layers back (the same objects), and restore what was trainable before :func:`inject`.
+    """Put the original layers back (the same objects), and restore everything that :func:`inject` changed.
 
     Raises:
         ValueError: the model was not injected.
     """
     injection = injection_of(model)
     _replace_modules(model, {layer: layer.base for layer in mor_layers(model).values()})
+    restore(model, injection.host_changes)
     _set_requires_grad(model, injection.requires_grad)
     del model._mor_injection
     return model
