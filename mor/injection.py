@@ -9,7 +9,8 @@ from torch import nn
 
 from mor.config import MoRConfig
 from mor.hosts import HostChange, prepare, restore
-from mor.layer import MoRLinear
+from mor.inspection import check, refuse_injected
+from mor.layer import MoRLinear, mor_layers
 from mor.roles import resolve
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -32,6 +33,7 @@ def inject(
     *,
     exclude: str | Sequence[str] = (),
     layers: int | Iterable[int] | None = None,
+    example: Any = None,
     **config_fields: Any,
 ) -> Model:
     """Replace linear layers by Mixture-of-Ranks layers, in place, and freeze everything but the adapters.
@@ -48,6 +50,7 @@ def inject(
         config: Settings of the layers; the default is :class:`mor.MoRConfig`'s.
         exclude: Roles or patterns of layers to leave alone.
         layers: Numbers of the blocks to adapt, from 0 in forward order, negative from the end; None: all.
+        example: Inputs of the model, with which :func:`mor.check` is to find out that every adapter is alive.
         **config_fields: Fields of :class:`mor.MoRConfig`, in place of ``config`` or on top of it.
 
     Returns:
@@ -55,8 +58,8 @@ def inject(
 
     Raises:
         ValueError: a target or exclusion matches nothing (the message lists candidates), a block does not
-            exist, a layer could not be adapted or would never be called by the module around it, or the model has
-            Mixture-of-Ranks layers already.
+            exist, a layer could not be adapted or would never be called by the module around it, an adapter is
+            found dead with ``example``, or the model has Mixture-of-Ranks layers already.
 
     >>> block = nn.ModuleDict({"attn": nn.Identity(), "mlp": nn.ModuleDict({"fc1": nn.Linear(8, 32)})})
     >>> model = inject(nn.Sequential(block), targets="fc")
@@ -67,13 +70,14 @@ def inject(
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if config_fields:
         config = replace(config, **config_fields) if config else MoRConfig(**config_fields)
-    targets = _as_sequence("targets", targets)
-    if not targets:
-        raise ValueError("targets must name at least one role or pattern, got none")
-    _refuse_injected(model)
-    layers = [layers] if isinstance(layers, int) else layers
-    names = resolve(model, targets, _as_sequence("exclude", exclude), None if layers is None else list(layers))
-    inject_names(model, names, config or MoRConfig())
+    refuse_injected(model)
+    inject_names(model, resolve(model, targets, exclude, layers), config or MoRConfig())
+    if example is not None:
+        try:
+            check(model, example)
+        except Exception:
+            eject(model)
+            raise
     return model
 
 
@@ -137,11 +141,6 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def mor_layers(model: nn.Module) -> dict[str, MoRLinear]:
-    """The Mixture-of-Ranks layers of a model by full name, in the model's order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, MoRLinear)}
-
-
 def injection_of(model: nn.Module) -> Injection:
     """The record that :func:`inject` left on the model."""
     injection = getattr(model, "_mor_injection", None)
@@ -150,14 +149,6 @@ def injection_of(model: nn.Module) -> Injection:
             "the model has no Mixture-of-Ranks layers; call mor.inject on it, or pass the module it was called on"
         )
     return injection
-
-
-def _refuse_injected(model: nn.Module) -> None:
-    layers = list(mor_layers(model))
-    if layers:
-        raise ValueError(
-            f"the model has Mixture-of-Ranks layers already ({layers[0]}, ...); call mor.eject on it first"
-        )
 
 
 def _replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
@@ -172,10 +163,3 @@ def _set_requires_grad(model: nn.Module, requires_grad: Mapping[str, bool]) -> N
     for name, parameter in model.named_parameters():
         if name in requires_grad:
             parameter.requires_grad_(requires_grad[name])
-
-
-def _as_sequence(name: str, values: str | Sequence[str]) -> list[str]:
-    values = [values] if isinstance(values, str) else list(values)
-    if not all(isinstance(value, str) for value in values):
-        raise TypeError(f"{name} must be strings, got {values!r}")
-    return values

@@ -67,7 +67,10 @@ ROLES: dict[str, tuple[str, ...]] = {
 
 
 def resolve(
-    model: nn.Module, targets: Sequence[str], exclude: Sequence[str] = (), layers: Iterable[int] | None = None
+    model: nn.Module,
+    targets: str | Sequence[str],
+    exclude: str | Sequence[str] = (),
+    layers: int | Iterable[int] | None = None,
 ) -> list[str]:
     """Full names of the linear layers that ``targets`` mean, in the model's order.
 
@@ -97,12 +100,18 @@ def resolve(
 
 
 def matching_names(
-    model: nn.Module, targets: Sequence[str], exclude: Sequence[str] = (), layers: Iterable[int] | None = None
+    model: nn.Module,
+    targets: str | Sequence[str],
+    exclude: str | Sequence[str] = (),
+    layers: int | Iterable[int] | None = None,
 ) -> list[str]:
     """As :func:`resolve`, with the layers that a host cannot be made to call."""
+    targets, exclude = _as_list("targets", targets), _as_list("exclude", exclude)
+    if not targets:
+        raise ValueError("targets must name at least one role or pattern, got none")
     linears = linear_names(model)
     blocks = dict.fromkeys(find_blocks(model, linears))
-    chosen = None if layers is None else _choose(list(blocks), layers)
+    chosen = None if layers is None else _choose(list(blocks), [layers] if isinstance(layers, int) else layers)
     part_of: dict[str, str | None] = {}
     for name in linears:
         block = _block_of(name, blocks)
@@ -165,6 +174,13 @@ def find_blocks(model: nn.Module, linears: Iterable[str]) -> list[str]:
     alone = {element for element in attention - whole - stages if not _block_of(element, whole)}
     blocks = whole | _smallest(alone)
     return [element for element in elements if element in blocks]
+
+
+def _as_list(name: str, values: str | Sequence[str]) -> list[str]:
+    values = [values] if isinstance(values, str) else list(values)
+    if not all(isinstance(value, str) for value in values):
+        raise TypeError(f"{name} must be strings, got {values!r}")
+    return values
 
 
 def _compile(names: Iterable[str]) -> re.Pattern[str]:
