@@ -98,6 +98,14 @@ def linear_names(model: nn.Module) -> dict[str, tuple[int, int]]:
     return found
 
 
+def identity(model: nn.Module, name: str) -> tuple[int, str]:
+    """The same for two names of one layer, and for no others."""
+    parent, _, child = name.rpartition(".")
+    host = model.get_submodule(parent)
+    module = host._modules.get(child)
+    return (id(host), child) if module is None else (id(module), "")
+
+
 def refusals(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     """Those of the layers whose hosts cannot be made to call them, with the reason."""
     return {

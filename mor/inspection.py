@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mor.config import MoRConfig
-from mor.hosts import linear_names, note
+from mor.hosts import identity, linear_names, note
 from mor.layer import MoRLinear, has_hooks, mor_layers
 from mor.roles import collapse, find_blocks, matching_names, role_of
 
@@ -92,16 +92,11 @@ def preview(
     names = matching_names(model, targets, exclude, layers)
     roles, sizes = role_of(model, names), linear_names(model)
     counts: dict[tuple[str, str, int, int, str], int] = {}
-    seen: set[Any] = set()
+    # A layer in two places is one layer.
+    first = {identity(model, name): name for name in reversed(names)}
     for name in names:
-        parent, _, child = name.rpartition(".")
-        host, module = model.get_submodule(parent), model.get_submodule(parent)._modules.get(child)
-        # A layer in two places is one layer.
-        identity = (id(host), child) if module is None else id(module)
-        if identity not in seen:
-            seen.add(identity)
-            hooked = isinstance(module, nn.Linear) and has_hooks(module)
-            key = (collapse(name), roles[name], *sizes[name], "refused: forward hooks" if hooked else note(model, name))
+        if first[identity(model, name)] == name:
+            key = (collapse(name), roles[name], *sizes[name], _host_note(model, name))
             counts[key] = counts.get(key, 0) + 1
     rank, gates = sum(config.ranks), config.router_outputs
     return Preview(
@@ -147,6 +142,12 @@ def check(model: nn.Module, example: Any) -> None:
         listed = "; ".join(f"{fault}: {', '.join(names)}" for fault, names in faults.items())
         hint = f" (frozen parameters that are all zero: {', '.join(zeros[:8])})" if zeros else ""
         raise ValueError(f"some adapters are dead; {listed}{hint}; leave them out with exclude=[...]")
+
+
+def _host_note(model: nn.Module, name: str) -> str:
+    parent, _, child = name.rpartition(".")
+    module = model.get_submodule(parent)._modules.get(child)
+    return "refused: forward hooks" if isinstance(module, nn.Linear) and has_hooks(module) else note(model, name)
 
 
 def refuse_injected(model: nn.Module) -> None:

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from mor.hosts import linear_names, refusals
+from mor.hosts import identity, linear_names, refusals
 
 # What attentions and MLPs are called inside a block.
 ATTENTION = (
@@ -135,6 +135,11 @@ def matching_names(
     wanted = {name for target in targets for name in matching(target, "target")}
     unwanted = {name for target in exclude for name in matching(target, "exclude")}
     names = [name for name in part_of if name in wanted - unwanted]
+    excluded = {identity(model, name): name for name in unwanted}
+    for name in names:
+        if identity(model, name) in excluded:
+            other = excluded[identity(model, name)]
+            raise ValueError(f"{name} and {other} are the same layer, so either both can be adapted or none")
     if not names:
         raise ValueError(f"nothing is left of targets {list(targets)} after exclude {list(exclude)}")
     return names
