@@ -243,12 +243,12 @@ def bare_projections(module: nn.Module) -> dict[str, BorrowedLinear]:
     if not isinstance(module, nn.MultiheadAttention) and not is_open_clip:
         return {}
     rows: dict[str, tuple[int, int] | None] = {"in_proj": None}
-    if module.in_proj_weight is None:
-        width: Any = module.embed_dim
+    if getattr(module, "in_proj_weight", None) is None:
+        width: Any = getattr(module, "embed_dim", 0)
         rows = {f"{name}_proj": (i * width, (i + 1) * width) for i, name in enumerate("qkv")}
-    bias = None if module.in_proj_bias is None else "in_proj_bias"
+    bias = None if getattr(module, "in_proj_bias", None) is None else "in_proj_bias"
     return {
         name: BorrowedLinear(module, f"{name}_weight", bias, of_bias)
         for name, of_bias in rows.items()
-        if name not in module._modules
+        if name not in module._modules and getattr(module, f"{name}_weight", None) is not None
     }

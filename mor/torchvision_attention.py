@@ -77,8 +77,7 @@ def _mask(size: tuple[int, ...], window: list[int], shift: list[int], like: Tens
     regions = []
     for i in range(2):
         position = torch.arange(size[i], device=like.device)
-        cut = (position >= size[i] - window[i]).int() + (position >= size[i] - shift[i]).int()
-        regions.append(cut if shift[i] else torch.zeros_like(cut))
+        regions.append((position >= size[i] - window[i]).int() + (position >= size[i] - shift[i]).int())
     region = regions[0][:, None] * 3 + regions[1]
     region = _split(region[None, :, :, None], window)[0, :, :, 0]  # (n, W)
     apart = region[:, None, :, None] != region[:, None, None, :]

@@ -169,6 +169,19 @@ def test_names_of_the_base_stay_as_they_were():
     assert type(attention) is nn.MultiheadAttention and "in_proj" not in dict(attention.named_children())
 
 
+def test_attentions_of_another_make_are_let_be():
+    """A subclass without the usual parameters stands in the model, and nobody wants to adapt it."""
+
+    class Without(nn.MultiheadAttention):
+        def __init__(self):
+            super().__init__(8, 2)
+            del self.in_proj_weight, self.in_proj_bias
+
+    model = nn.ModuleDict({"a": Without(), "b": nn.Linear(2, 2)})
+    assert list(linear_names(model)) == ["a.out_proj", "b"]
+    assert list(mor_layers(inject(model, "b"))) == ["b"]
+
+
 def test_preparing_twice_changes_nothing_more():
     attention = multihead()
     first = prepare(attention, ["in_proj"])
@@ -401,6 +414,18 @@ def test_a_padding_mask_in_evaluation():
         torch.testing.assert_close(model(x, src_key_padding_mask=padding)[~padding], output[~padding])
         perturb(model)
         assert not torch.allclose(model(x, src_key_padding_mask=padding)[~padding], output[~padding], atol=1e-3)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize(("height", "width"), [(28, 8), (8, 28), (24, 36)])
+def test_torchvision_windows_on_maps_that_are_not_square(version, height, width):
+    """Where a side fits into one window, only the other one is shifted."""
+    model, x = torchvision_swin(version).eval(), torch.randn(2, 3, height, width)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    with torch.no_grad():
+        output = model(x)
+        torch.testing.assert_close(inject(model, ["qkv", "proj"])(x), output, atol=1e-5, rtol=1e-4)
 
 
 def test_text_towers_and_their_masks():
