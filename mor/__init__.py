@@ -5,16 +5,19 @@ from mor.config import MoRConfig
 from mor.functional import mor_linear
 from mor.gates import record_gates
 from mor.injection import disabled, eject, inject, trainable_parameters
+from mor.inspection import check, preview
 from mor.layer import MoRLinear
 
 __all__ = [
     "MoRConfig",
     "MoRLinear",
+    "check",
     "disabled",
     "eject",
     "inject",
     "load",
     "mor_linear",
+    "preview",
     "record_gates",
     "save",
     "trainable_parameters",
