@@ -131,7 +131,7 @@ class MoRLinear(nn.Module):
 
 
 def new_adapter(
-    config: MoRConfig, in_features: int, out_features: int, *, dtype: torch.dtype, device: torch.device
+    config: MoRConfig, in_features: int, out_features: int, *, dtype: torch.dtype, device: torch.device | None
 ) -> tuple[nn.Parameter, nn.Parameter, nn.Linear | None]:
     """A (R, K), B (R, O) and the router of a new adapter, which changes nothing yet.
 
