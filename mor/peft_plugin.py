@@ -8,7 +8,7 @@ Shapes: K in, O out, R sum of ranks, G router outputs.
 
 import glob
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -390,7 +390,7 @@ def as_injected(peft_model: nn.Module) -> Iterator[tuple[nn.Module, list[str]]]:
     Raises:
         ValueError, TypeError: see :meth:`MorLinear.as_mor_linear`; the model is left as it was.
     """
-    model = peft_model.get_base_model() if isinstance(peft_model, peft.PeftModel) else peft_model
+    model = peft_model.base_model.model if isinstance(peft_model, peft.PeftModel) else peft_model
     layers: dict[nn.Module, nn.Module] = {}
     saved: list[str] = []
     for name, module in model.named_modules():
@@ -430,7 +430,8 @@ def _resolve(model: nn.Module, config: MorConfig) -> tuple[tuple[str, ...], tupl
             " exclude_modules"
         )
     # Raises where a layer is never called by its host, so that an adapter on it would be dead.
-    resolve(model, [glob.escape(name) for name in targets if isinstance(modules[name], nn.Linear)])
+    if linears := [glob.escape(name) for name in targets if isinstance(modules[name], nn.Linear)]:
+        resolve(model, linears)
     return targets, tuple(name for name in modules if name in unwanted) or None
 
 
@@ -445,7 +446,7 @@ def _match(
     if isinstance(wanted, str):
         if wanted.lower() == "all-linear":
             return _all_linear(model)
-        if found := _match_expression(wanted, names):
+        if found := {name for name in names if re.fullmatch(wanted, name)}:
             return found
         wanted = [wanted]
 
@@ -473,13 +474,6 @@ def _match(
     return set().union(*map(matching, wanted))
 
 
-def _match_expression(expression: str, names: Iterable[str]) -> set[str]:
-    try:
-        return {name for name in names if re.fullmatch(expression, name)}
-    except re.error:
-        return set()
-
-
 def _all_linear(model: nn.Module) -> set[str]:
     """Names of all linear layers but the classifier, as transformers, timm, and classifiers on transformers have it."""
     heads = [getattr(model, name)() for name in ("get_output_embeddings", "get_classifier") if hasattr(model, name)]
@@ -503,7 +497,13 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _as_tuple(name: str, values: Any) -> Any:
-    if values is None or isinstance(values, str):
+    if values is None:
+        return None
+    if isinstance(values, str):
+        try:
+            re.compile(values)
+        except re.error as error:
+            raise ValueError(f"{name} must be a regular expression or a list, got {values!r}: {error}") from error
         return values
     values = tuple(values)
     if not all(isinstance(value, str) for value in values):
