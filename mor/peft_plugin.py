@@ -390,7 +390,7 @@ def as_injected(peft_model: nn.Module) -> Iterator[tuple[nn.Module, list[str]]]:
     Raises:
         ValueError, TypeError: see :meth:`MorLinear.as_mor_linear`; the model is left as it was.
     """
-    model = peft_model.base_model.model if isinstance(peft_model, peft.PeftModel) else peft_model
+    model: Any = peft_model.base_model.model if isinstance(peft_model, peft.PeftModel) else peft_model
     layers: dict[nn.Module, nn.Module] = {}
     saved: list[str] = []
     for name, module in model.named_modules():
