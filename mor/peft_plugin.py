@@ -70,8 +70,8 @@ class MorConfig(PeftConfig):
 
     Args:
         ranks, alphas, bypass, dropout: See :class:`mor.MoRConfig`.
-        target_modules: Full names of layers, roles such as "qkv" and "fc" (see :func:`mor.inject`), or the ends of
-            names after a dot, as in peft; the first of these that a model has is meant. A string is a regular
+        target_modules: Full names of layers, roles and patterns as in :func:`mor.inject` ("qkv", "fc"), or the ends
+            of names after a dot, as in peft; the first of these that a model has is meant. A string is a regular
             expression of full names, or one of the above, or "all-linear": every linear layer except the model's
             classifier. Once the adapter is in a model, these are the full names of its layers, and saved so.
         exclude_modules: Layers to leave alone, named in the same ways.
@@ -385,7 +385,8 @@ def _bare(model: nn.Module) -> Iterator[None]:
 def as_injected(peft_model: nn.Module) -> Iterator[tuple[nn.Module, list[str]]]:
     """Within the context the model has its active adapter as :func:`mor.inject` would have put it in.
 
-    Gives the model inside peft's, and patterns of the state-dict names of its ``modules_to_save``.
+    Gives the model inside peft's, for :func:`mor.record_gates` and others, and patterns of the state-dict names of
+    its ``modules_to_save``.
 
     Raises:
         ValueError, TypeError: see :meth:`MorLinear.as_mor_linear`; the model is left as it was.
@@ -460,15 +461,16 @@ def _match(
     def matching(target: str) -> set[str]:
         if target in names:
             return {target}
-        problem: ValueError | None = None
+        problem = ""
         try:
             chosen = None if layers_pattern else [layers] if isinstance(layers, int) else layers
             found = {name for name in resolve(model, [target], layers=chosen) if not layers_pattern or in_layers(name)}
         except ValueError as error:
-            found, problem = {name for name in names if name.endswith(f".{target}") and in_layers(name)}, error
+            found = {name for name in names if name.endswith(f".{target}") and in_layers(name)}
+            problem = f"; as a role or pattern, {error}"
         if not found:
             hint = "" if layers is None else f" in layers_to_transform {layers} by layers_pattern {layers_pattern!r}"
-            raise ValueError(f"{field} '{target}' matches nothing{hint}") from problem
+            raise ValueError(f"{field} '{target}' matches nothing{hint}{problem}")
         return found
 
     return set().union(*map(matching, wanted))

@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer  # noqa: E402
 
 import mor  # noqa: E402
 from mor import mor_linear  # noqa: E402
-from mor.peft_plugin import MorConfig, MorLinear, MorModel  # noqa: E402
+from mor.peft_plugin import MorConfig, MorLinear, MorModel, as_injected  # noqa: E402
 
 
 class MLP(nn.Module):
@@ -604,6 +604,21 @@ def test_a_later_adapter_finds_what_the_first_one_wrapped():
     assert all(id(model.get_submodule(name)) == one for name, one in before.items() if "qkv" in name or "head" in name)
 
 
+def test_gates_of_a_wrapped_model():
+    case = Case("ViT")
+    model = case.trained(modules_to_save=["head"])
+    expected = model(case.x)
+    with as_injected(model) as (inside, saved), mor.record_gates(inside) as record:
+        assert torch.equal(inside(case.x), expected) and saved == ["head.*"]
+    assert len(record.summary()) == 9 and torch.equal(model(case.x), expected)
+    model.add_adapter("other", case.config())
+    model.base_model.set_adapter(["default", "other"])
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="one adapter must be active and enabled, got default, other"):
+        as_injected(model).__enter__()
+    assert snapshot(model) == before
+
+
 def test_shared_layers_are_adapted_wherever_they_are():
     shared = nn.Linear(4, 4)
     model = nn.Sequential(shared, nn.ReLU(), nn.ModuleDict({"again": shared})["again"])
@@ -637,7 +652,7 @@ def dead_host() -> nn.Module:
 REFUSED = {
     "missing": (MLP, {}, "target_modules must say what to adapt"),
     "empty": (MLP, {"target_modules": []}, "target_modules must say what to adapt"),
-    "misspelt": (MLP, {"target_modules": ["lin0", "lin7"]}, "target_modules 'lin7' matches nothing"),
+    "misspelt": (MLP, {"target_modules": ["lin0", "lin7"]}, "target_modules 'lin7' matches nothing; .*names are lin0"),
     "no match": (VIT, {"target_modules": r"block\..*"}, "matches nothing"),
     "a convolution": (VIT, {"target_modules": ["patch_embed.proj"]}, r"linear layers only, but match patch_embed.proj"),
     "a container": (VIT, {"target_modules": r"blocks\.0\.mlp.*"}, r"blocks.0.mlp \(Mlp\)"),
