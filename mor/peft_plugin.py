@@ -299,9 +299,9 @@ class MorModel(BaseTuner):
 
     def unload(self) -> nn.Module:
         """The model with its original layers, all adapters removed."""
-        model = super().unload()
-        replace_modules(model, {layer: layer.get_base_layer() for layer in _mor_layers(model)})
-        return model
+        # Before peft does, which visits a module that hangs in several places once.
+        replace_modules(self.model, {layer: layer.get_base_layer() for layer in _mor_layers(self.model)})
+        return super().unload()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete the adapter of this name."""
