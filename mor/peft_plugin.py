@@ -291,8 +291,6 @@ class MorModel(BaseTuner):
             target.update_layer(adapter_name, peft_config)
             return
         layer = MorLinear(target, adapter_name, peft_config)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
         # peft replaces a module that hangs in several places in one of them only.
         replace_modules(self.model, {target: layer})
         self._replace_module(parent, target_name, layer, target)
