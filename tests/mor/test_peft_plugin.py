@@ -137,6 +137,13 @@ def copy_adapters(wrapped: nn.Module, injected: nn.Module) -> None:
                 target.copy_(source)
 
 
+def test_dropout_is_for_training():
+    case = Case("MLP")
+    model = case.trained(dropout=0.5)
+    assert torch.equal(model(case.x), case.trained()(case.x))
+    assert not torch.allclose(model.train()(case.x), model(case.x), atol=1e-3)
+
+
 def test_a_new_adapter_is_drawn_as_an_injected_one():
     wrapped = Case("ViT").wrapped()
     torch.manual_seed(1)
@@ -378,6 +385,14 @@ def test_merging_is_refused_and_changes_nothing(case, merge):
     assert snapshot(model) == before and torch.equal(model(case.x), expected)
 
 
+def test_a_refused_merge_leaves_what_stands_before_the_adapters():
+    model = get_peft_model(MLP(), MorConfig(target_modules=["lin1"], modules_to_save=["lin0"]))
+    before = snapshot(model)
+    with pytest.raises(NotImplementedError):
+        model.merge_and_unload()
+    assert snapshot(model) == before
+
+
 def test_other_roads_to_one_matrix_are_refused():
     model = Case("MLP").trained()
     layer = layers_of(model)["base_model.model.lin0"]
@@ -587,6 +602,20 @@ def test_hooks_of_the_base_still_run():
 def test_targets(fields, expected):
     model = get_peft_model(seeded(VIT), MorConfig(**fields))
     assert [name.removeprefix("base_model.model.blocks.") for name in layers_of(model)] == expected
+    assert model.peft_config["default"].target_modules == tuple(f"blocks.{name}" for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"layers_to_transform": [0, 2]}, ["layers.0.blocks.0", "layers.1.blocks.1"]),
+        ({"layers_to_transform": 0, "layers_pattern": "blocks"}, ["layers.0.blocks.0", "layers.1.blocks.0"]),
+    ],
+    ids=["counted", "by name"],
+)
+def test_blocks_are_counted_or_told_by_their_names(fields, expected):
+    model = get_peft_model(seeded(SWIN), MorConfig(target_modules="qkv", **fields))
+    assert model.peft_config["default"].target_modules == tuple(f"{name}.attn.qkv" for name in expected)
 
 
 def test_a_full_name_is_no_end_of_a_name():
