@@ -162,7 +162,6 @@ class MorLinear(nn.Module, BaseTunerLayer):
         self.mor_config[adapter_name] = config.mor
         # To the dtype of the base; with autocast_adapter_dtype, peft goes back to fp32 from there.
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def forward(self, input: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """(..., K) -> (..., O), with the active adapters; or with one for each row of the batch, if named."""

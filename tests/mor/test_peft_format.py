@@ -96,6 +96,12 @@ def test_load_says_how_to_convert(folder, vit, tmp_path):
     assert "`import mor.peft_plugin`" in str(error.value)
 
 
+def test_both_formats_may_share_a_folder(folder, vit, trained, images):
+    to_peft(folder, folder)
+    assert torch.equal(load(copy.deepcopy(vit), folder)(images), trained(images))
+    assert torch.equal(from_pretrained(vit, folder)(images), trained(images))
+
+
 def test_another_method_of_peft(vit, tmp_path):
     peft.get_peft_model(vit, peft.LoraConfig(target_modules=["qkv"])).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="adapter of peft's method LORA, which peft alone can load"):
