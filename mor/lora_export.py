@@ -186,7 +186,7 @@ def _targets(model: nn.Module, names: Iterable[str]) -> list[str] | str:
 def _describe(
     factors: Mapping[str, tuple[Tensor, Tensor]], targets: list[str] | str, modules: Sequence[str]
 ) -> dict[str, Any]:
-    """adapter_config.json, in the fields that every version of peft's LoRA knows."""
+    """adapter_config.json; what is left out is as peft's LoRA has it by default."""
     ranks = {name: len(A) for name, (A, _) in factors.items()}
     rank = max(ranks.values())
     # peft reads the keys as the ends of names, unless told where names begin.
@@ -199,9 +199,6 @@ def _describe(
         "alpha_pattern": others,
         "target_modules": targets,
         "modules_to_save": list(modules) or None,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "inference_mode": True,
     }
 
 

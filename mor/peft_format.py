@@ -54,7 +54,6 @@ def to_peft(directory: str | os.PathLike[str], peft_directory: str | os.PathLike
         **config.to_dict(),
         "target_modules": modules,
         "modules_to_save": modules_to_save(extra, modules) or None,
-        "inference_mode": True,
     }
     write_peft_folder(peft_directory, description, tensors, CARD_HEAD + HOW_TO_LOAD)
 
