@@ -6,6 +6,8 @@ from mor.functional import mor_linear
 from mor.gates import record_gates
 from mor.injection import disabled, eject, inject, trainable_parameters
 from mor.layer import MoRLinear
+from mor.lora_export import to_lora
+from mor.registration import register_with_peft
 
 __all__ = [
     "MoRConfig",
@@ -16,6 +18,8 @@ __all__ = [
     "load",
     "mor_linear",
     "record_gates",
+    "register_with_peft",
     "save",
+    "to_lora",
     "trainable_parameters",
 ]

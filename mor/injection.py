@@ -66,7 +66,7 @@ def inject(
     targets = _as_sequence("targets", targets)
     if not targets:
         raise ValueError("targets must name at least one role or pattern, got none")
-    _refuse_injected(model)
+    refuse_injected(model)
     layers = [layers] if isinstance(layers, int) else layers
     names = resolve(model, targets, _as_sequence("exclude", exclude), None if layers is None else list(layers))
     inject_names(model, names, config or MoRConfig())
@@ -82,7 +82,7 @@ def inject_names(model: nn.Module, names: Iterable[str], config: MoRConfig) -> N
     except Exception:
         _set_requires_grad(model, requires_grad)
         raise
-    _replace_modules(model, adapted)
+    replace_modules(model, adapted)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for layer in adapted.values():
@@ -99,7 +99,7 @@ def eject(model: Model) -> Model:
         ValueError: the model was not injected.
     """
     injection = injection_of(model)
-    _replace_modules(model, {layer: layer.base for layer in mor_layers(model).values()})
+    replace_modules(model, {layer: layer.base for layer in mor_layers(model).values()})
     _set_requires_grad(model, injection.requires_grad)
     del model._mor_injection
     return model
@@ -145,7 +145,8 @@ def injection_of(model: nn.Module) -> Injection:
     return injection
 
 
-def _refuse_injected(model: nn.Module) -> None:
+def refuse_injected(model: nn.Module) -> None:
+    """Raise a ValueError if the model has Mixture-of-Ranks layers."""
     layers = list(mor_layers(model))
     if layers:
         raise ValueError(
@@ -153,7 +154,8 @@ def _refuse_injected(model: nn.Module) -> None:
         )
 
 
-def _replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+    """Put other modules in the places of some."""
     # A module may hang in several places; every one of them must lead to its replacement.
     for parent in list(model.modules()):
         for name, child in parent._modules.items():

@@ -14,8 +14,7 @@ class MoRLinear(nn.Module):
     """``base`` plus experts of several ranks, weighted per token by a router.
 
     The layer starts out as ``base`` exactly, because B is zero. ``base`` itself is kept (the same object) and
-    frozen. Adapter parameters are created beside it, in fp32 where it is narrower, so that small updates
-    are not rounded away.
+    frozen. Adapter parameters are created beside it, see :func:`new_adapter`.
 
     Attributes:
         base: The original layer.
@@ -50,22 +49,13 @@ class MoRLinear(nn.Module):
         self.backend = backend
         self.enabled = True
 
-        dtype, device = torch.promote_types(base.weight.dtype, torch.float32), base.weight.device
-        total = sum(config.ranks)
-        self.mor_A = nn.Parameter(torch.empty(total, base.in_features, dtype=dtype, device=device))
-        self.mor_B = nn.Parameter(torch.empty(total, base.out_features, dtype=dtype, device=device))
-        self.mor_router: nn.Linear | None = None
-        if config.router_outputs:
-            self.mor_router = nn.Linear(base.in_features, config.router_outputs, dtype=dtype, device=device)
-        self.reset_parameters()
+        self.mor_A, self.mor_B, self.mor_router = new_adapter(
+            config, base.in_features, base.out_features, dtype=base.weight.dtype, device=base.weight.device
+        )
 
     def reset_parameters(self) -> None:
         """Draw A and the router anew and set B to zero: the layer equals its base again."""
-        # The bound depends on the number of inputs alone, so one call serves experts of all ranks.
-        nn.init.kaiming_uniform_(self.mor_A, a=math.sqrt(5))
-        nn.init.zeros_(self.mor_B)
-        if self.mor_router is not None:
-            self.mor_router.reset_parameters()
+        reset_adapter(self.mor_A, self.mor_B, self.mor_router)
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., K) -> (..., O), see :func:`mor.mor_linear`; the argument is called as nn.Linear's."""
@@ -142,3 +132,29 @@ class MoRLinear(nn.Module):
         if not self.enabled:
             parts.append("disabled")
         return ", ".join(parts)
+
+
+def new_adapter(
+    config: MoRConfig, in_features: int, out_features: int, *, dtype: torch.dtype, device: torch.device | None
+) -> tuple[nn.Parameter, nn.Parameter, nn.Linear | None]:
+    """A (R, K), B (R, O) and the router of a new adapter, which changes nothing yet.
+
+    They are fp32 where ``dtype``, that of the base, is narrower, so that small updates are not rounded away.
+    """
+    dtype, total = torch.promote_types(dtype, torch.float32), sum(config.ranks)
+    A = nn.Parameter(torch.empty(total, in_features, dtype=dtype, device=device))
+    B = nn.Parameter(torch.empty(total, out_features, dtype=dtype, device=device))
+    router = None
+    if config.router_outputs:
+        router = nn.Linear(in_features, config.router_outputs, dtype=dtype, device=device)
+    reset_adapter(A, B, router)
+    return A, B, router
+
+
+def reset_adapter(A: Tensor, B: Tensor, router: nn.Linear | None) -> None:
+    """Draw A and the router anew and set B to zero."""
+    # The bound depends on the number of inputs alone, so one call serves experts of all ranks.
+    nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+    nn.init.zeros_(B)
+    if router is not None:
+        router.reset_parameters()

@@ -183,4 +183,5 @@ def test_bad_arguments(vit):
 
 def test_public_names():
     functions = {"mor_linear", "inject", "eject", "disabled", "trainable_parameters", "record_gates", "save", "load"}
-    assert set(mor.__all__) == functions | {"MoRConfig", "MoRLinear"}
+    elsewhere = {"to_lora", "register_with_peft"}
+    assert set(mor.__all__) == functions | elsewhere | {"MoRConfig", "MoRLinear"}
