@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test slow check bench clean
+.PHONY: demo test slow check bench zoo clean
 
 demo: $(VENV)/.installed
 	$(BIN)/ei demo
@@ -24,6 +24,9 @@ check: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/bench_mor_linear_cpu.py
+
+zoo: $(VENV)/.installed
+	$(BIN)/python -W ignore tests/mor/zoo.py --write
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit('Python 3.11 or newer is needed, this is ' + sys.version if sys.version_info < (3, 11) else 0)"

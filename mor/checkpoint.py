@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mor.config import MoRConfig
 from mor.files import write_atomically
+from mor.hosts import linear_names
 from mor.injection import eject, inject_names, injection_of, mor_layers, trainable_parameters
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -39,11 +40,18 @@ def save(model: nn.Module, directory: str | os.PathLike[str], extra: str | Seque
 
     Parameters that are trainable and not saved, such as a forgotten head, give a warning. The file's hash is part
     of config.json: a file that was damaged, exchanged or only half written is recognised by :func:`load`. Whether
-    an adapter is later put on the same frozen weights is not checked.
+    an adapter is later put on the same frozen weights is not checked. What ``fully_shard`` has sharded is gathered, so
+    all processes have to call this, each with a directory of its own; it is loaded before sharding.
     """
     injection = injection_of(model)
     extra_names, tensors = tensors_to_save(model, extra)
     write_folder(directory, injection.config, injection.names, extra_names, tensors)
+
+
+def _gathered(tensor: Tensor) -> Tensor:
+    """A sharded tensor in whole; all processes have to ask for it."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def load(model: Model, directory: str | os.PathLike[str]) -> Model:
@@ -70,8 +78,8 @@ def load(model: Model, directory: str | os.PathLike[str]) -> Model:
             f" {injected.config} on {len(injected.names)}; call mor.eject on it first"
         )
     if injected is None:
-        plain = dict(model.named_modules(remove_duplicate=False))
-        absent = [name for name in modules if not isinstance(plain.get(name), nn.Linear)]
+        plain = linear_names(model)
+        absent = [name for name in modules if name not in plain]
         if absent:
             raise ValueError(f"the adapter in {folder} does not fit the model, which lacks the layers {_few(absent)}")
         inject_names(model, modules, config)
@@ -102,7 +110,7 @@ def tensors_to_save(model: nn.Module, extra: str | Sequence[str]) -> tuple[list[
 
 def portable(tensor: Tensor) -> Tensor:
     """A copy as files want it: the format has no notion of devices, strides, or tensors that share memory."""
-    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    return _gathered(tensor).cpu().clone(memory_format=torch.contiguous_format)
 
 
 def write_folder(
@@ -140,6 +148,9 @@ def _copy(model: nn.Module, tensors: Mapping[str, Tensor], extra: Sequence[str],
             f"{name} (file {tuple(tensor.shape)}, model {tuple(state[name].shape)})"
             for name, tensor in tensors.items()
             if name in state and state[name].shape != tensor.shape
+        ],
+        "sharded, and only to be loaded before that": [
+            name for name in tensors if name in state and hasattr(state[name], "full_tensor")
         ],
         "on the meta device": [name for name in tensors if name in state and state[name].is_meta],
     }

@@ -8,7 +8,9 @@ from typing import Any, TypeVar
 from torch import nn
 
 from mor.config import MoRConfig
-from mor.layer import MoRLinear
+from mor.hosts import HostChange, prepare, restore
+from mor.inspection import check, refuse_injected
+from mor.layer import MoRLinear, mor_layers
 from mor.roles import resolve
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -21,6 +23,7 @@ class Injection:
     config: MoRConfig
     names: tuple[str, ...]
     requires_grad: Mapping[str, bool]  # of every parameter before
+    host_changes: tuple[HostChange, ...]
 
 
 def inject(
@@ -30,6 +33,7 @@ def inject(
     *,
     exclude: str | Sequence[str] = (),
     layers: int | Iterable[int] | None = None,
+    example: Any = None,
     **config_fields: Any,
 ) -> Model:
     """Replace linear layers by Mixture-of-Ranks layers, in place, and freeze everything but the adapters.
@@ -40,11 +44,13 @@ def inject(
 
     Args:
         model: A Vision Transformer, or any module that contains nn.Linear layers.
-        targets: Roles "qkv", "proj", "fc" (both layers of the MLP), "fc1", "fc2", which are looked for inside
-            transformer blocks only; any other string is an fnmatch pattern of the full dotted name.
+        targets: Roles "qkv", "proj", "fc" (all layers of the MLP), "fc1", "fc2", "all", which are looked for inside
+            transformer blocks only; any other string is an fnmatch pattern of the full dotted name. What an
+            nn.MultiheadAttention keeps in ``in_proj_weight`` is called ``in_proj``.
         config: Settings of the layers; the default is :class:`mor.MoRConfig`'s.
         exclude: Roles or patterns of layers to leave alone.
         layers: Numbers of the blocks to adapt, from 0 in forward order, negative from the end; None: all.
+        example: Inputs of the model, with which :func:`mor.check` is to find out that every adapter is alive.
         **config_fields: Fields of :class:`mor.MoRConfig`, in place of ``config`` or on top of it.
 
     Returns:
@@ -52,7 +58,8 @@ def inject(
 
     Raises:
         ValueError: a target or exclusion matches nothing (the message lists candidates), a block does not
-            exist, a layer could not be adapted, or the model has Mixture-of-Ranks layers already.
+            exist, a layer could not be adapted or would never be called by the module around it, an adapter is
+            found dead with ``example``, or the model has Mixture-of-Ranks layers already.
 
     >>> block = nn.ModuleDict({"attn": nn.Identity(), "mlp": nn.ModuleDict({"fc1": nn.Linear(8, 32)})})
     >>> model = inject(nn.Sequential(block), targets="fc")
@@ -63,13 +70,14 @@ def inject(
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if config_fields:
         config = replace(config, **config_fields) if config else MoRConfig(**config_fields)
-    targets = _as_sequence("targets", targets)
-    if not targets:
-        raise ValueError("targets must name at least one role or pattern, got none")
     refuse_injected(model)
-    layers = [layers] if isinstance(layers, int) else layers
-    names = resolve(model, targets, _as_sequence("exclude", exclude), None if layers is None else list(layers))
-    inject_names(model, names, config or MoRConfig())
+    inject_names(model, resolve(model, targets, exclude, layers), config or MoRConfig())
+    if example is not None:
+        try:
+            check(model, example)
+        except Exception:
+            eject(model)
+            raise
     return model
 
 
@@ -77,9 +85,11 @@ def inject_names(model: nn.Module, names: Iterable[str], config: MoRConfig) -> N
     """Adapt exactly the layers of these full names, all or none; freeze everything else."""
     requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     names = tuple(names)
+    host_changes = prepare(model, names)
     try:
         adapted = {base: MoRLinear(base, config) for base in map(model.get_submodule, names)}  # type: ignore[arg-type]
     except Exception:
+        restore(model, host_changes)
         _set_requires_grad(model, requires_grad)
         raise
     replace_modules(model, adapted)
@@ -89,17 +99,18 @@ def inject_names(model: nn.Module, names: Iterable[str], config: MoRConfig) -> N
         layer.train(layer.base.training)
         for parameter in layer.adapter_parameters().values():
             parameter.requires_grad_(True)
-    model._mor_injection = Injection(config, names, requires_grad)  # type: ignore[assignment]
+    model._mor_injection = Injection(config, names, requires_grad, host_changes)  # type: ignore[assignment]
 
 
 def eject(model: Model) -> Model:
-    """Put the original layers back (the same objects), and restore what was trainable before :func:`inject`.
+    """Put the original layers back (the same objects), and restore everything that :func:`inject` changed.
 
     Raises:
         ValueError: the model was not injected.
     """
     injection = injection_of(model)
     replace_modules(model, {layer: layer.base for layer in mor_layers(model).values()})
+    restore(model, injection.host_changes)
     _set_requires_grad(model, injection.requires_grad)
     del model._mor_injection
     return model
@@ -130,11 +141,6 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def mor_layers(model: nn.Module) -> dict[str, MoRLinear]:
-    """The Mixture-of-Ranks layers of a model by full name, in the model's order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, MoRLinear)}
-
-
 def injection_of(model: nn.Module) -> Injection:
     """The record that :func:`inject` left on the model."""
     injection = getattr(model, "_mor_injection", None)
@@ -143,15 +149,6 @@ def injection_of(model: nn.Module) -> Injection:
             "the model has no Mixture-of-Ranks layers; call mor.inject on it, or pass the module it was called on"
         )
     return injection
-
-
-def refuse_injected(model: nn.Module) -> None:
-    """Raise a ValueError if the model has Mixture-of-Ranks layers."""
-    layers = list(mor_layers(model))
-    if layers:
-        raise ValueError(
-            f"the model has Mixture-of-Ranks layers already ({layers[0]}, ...); call mor.eject on it first"
-        )
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
@@ -167,10 +164,3 @@ def _set_requires_grad(model: nn.Module, requires_grad: Mapping[str, bool]) -> N
     for name, parameter in model.named_parameters():
         if name in requires_grad:
             parameter.requires_grad_(requires_grad[name])
-
-
-def _as_sequence(name: str, values: str | Sequence[str]) -> list[str]:
-    values = [values] if isinstance(values, str) else list(values)
-    if not all(isinstance(value, str) for value in values):
-        raise TypeError(f"{name} must be strings, got {values!r}")
-    return values

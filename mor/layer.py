@@ -1,20 +1,23 @@
 """MoRLinear: a linear layer with its Mixture-of-Ranks adapter, in place of nn.Linear."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mor.config import MoRConfig
-from mor.functional import BACKENDS, choose_backend, mor_gates, mor_linear
+from mor.functional import BACKENDS, choose_backend, mor_branch, mor_gates, mor_linear
 
 
 class MoRLinear(nn.Module):
     """``base`` plus experts of several ranks, weighted per token by a router.
 
     The layer starts out as ``base`` exactly, because B is zero. ``base`` itself is kept (the same object) and
-    frozen. Adapter parameters are created beside it, see :func:`new_adapter`.
+    frozen. Adapter parameters are created beside it, see :func:`new_adapter`. A base with a forward of its own, or a
+    weight that is no plain matrix of floats (quantised ones: bitsandbytes, torchao), is called, and the experts' part
+    added to what it gives.
 
     Attributes:
         base: The original layer.
@@ -26,7 +29,7 @@ class MoRLinear(nn.Module):
         enabled: False makes the layer its base; see :func:`mor.disabled`.
 
     Raises:
-        TypeError: ``base`` is not an nn.Linear, or a subclass that computes something else.
+        TypeError: ``base`` is not an nn.Linear.
         ValueError: ``base`` has forward hooks (legacy weight_norm and others), which would no longer run.
 
     Source: arXiv 2603.17514, section 3.4.
@@ -38,16 +41,15 @@ class MoRLinear(nn.Module):
 
     def __init__(self, base: nn.Linear, config: MoRConfig | None = None, *, backend: str = "auto") -> None:
         super().__init__()
-        if not isinstance(base, nn.Linear) or type(base).forward is not nn.Linear.forward:
-            raise TypeError(
-                f"base must be an nn.Linear, or a subclass with the same forward, got {type(base).__name__}"
-            )
-        if base._forward_hooks or base._forward_pre_hooks or "forward" in vars(base):
+        if not isinstance(base, nn.Linear):
+            raise TypeError(f"base must be an nn.Linear, got {type(base).__name__}")
+        if has_hooks(base):
             raise ValueError("base must have no forward hooks and no forward of its own, which would no longer run")
         self.config = config = config or MoRConfig()
         self.base = base.requires_grad_(False)
         self.backend = backend
         self.enabled = True
+        self._calls_base = not _is_plain(base)
 
         self.mor_A, self.mor_B, self.mor_router = new_adapter(
             config, base.in_features, base.out_features, dtype=base.weight.dtype, device=base.weight.device
@@ -62,19 +64,19 @@ class MoRLinear(nn.Module):
         if not self.enabled:
             return self.base(input)
         dropped = F.dropout(input, self.config.dropout) if self.training and self.config.dropout else None
-        return mor_linear(
-            input,
-            self.base.weight,
-            self.base.bias,
+        experts = (
             self.mor_A,
             self.mor_B,
             None if self.mor_router is None else self.mor_router.weight,
             None if self.mor_router is None else self.mor_router.bias,
-            ranks=self.config.ranks,
-            scaling=self.config.scaling,
-            bypass=self.config.bypass,
-            expert_input=dropped,
-            backend=self._backend,
+        )
+        config = self.config
+        settings: dict[str, Any] = {"ranks": config.ranks, "scaling": config.scaling, "bypass": config.bypass}
+        if self._calls_base:
+            y = self.base(input)
+            return y + mor_branch(input, *experts, **settings, expert_input=dropped).to(y.dtype)
+        return mor_linear(
+            input, self.base.weight, self.base.bias, *experts, **settings, expert_input=dropped, backend=self._backend
         )
 
     def gates(self, x: Tensor) -> Tensor | None:
@@ -127,6 +129,8 @@ class MoRLinear(nn.Module):
             f"bypass={config.bypass}",
             f"backend={backend}",
         ]
+        if self._calls_base:
+            parts.append("base is called")
         if config.dropout:
             parts.append(f"dropout={config.dropout}")
         if not self.enabled:
@@ -158,3 +162,19 @@ def reset_adapter(A: Tensor, B: Tensor, router: nn.Linear | None) -> None:
     nn.init.zeros_(B)
     if router is not None:
         router.reset_parameters()
+
+
+def mor_layers(model: nn.Module) -> dict[str, MoRLinear]:
+    """The Mixture-of-Ranks layers of a model by full name, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MoRLinear)}
+
+
+def has_hooks(base: nn.Linear) -> bool:
+    """Whether something runs around the layer's forward, which would not run around its weight."""
+    return bool(base._forward_hooks or base._forward_pre_hooks or "forward" in vars(base))
+
+
+def _is_plain(base: nn.Linear) -> bool:
+    weight = base.weight
+    is_matrix = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
+    return is_matrix and type(base).forward is nn.Linear.forward

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from mor.checkpoint import METHOD_OF_PEFT
 from mor.config import MoRConfig
 from mor.functional import mor_branch, mor_linear
-from mor.injection import refuse_injected, replace_modules
+from mor.injection import replace_modules
+from mor.inspection import refuse_injected
 from mor.layer import MoRLinear, new_adapter
 from mor.peft_format import add_note_to_card
 from mor.roles import resolve

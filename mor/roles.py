@@ -4,25 +4,78 @@ The one place that knows how families of Vision Transformers name their layers.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
 
-# Names relative to a block: timm's attn.qkv, attn.proj, mlp.fc1, mlp.fc2; open_clip's own mlp.c_fc, mlp.c_proj.
+from mor.hosts import identity, linear_names, refusals
+
+# What attentions and MLPs are called inside a block.
+ATTENTION = (
+    r"attn|attention|self_attn|self_attention|multihead_attn|temporal_attention|token_mixer|e_mhsa|xca"
+    r"|factoratt_crpe\d?|attn_in|attn_out|attn_layer\.\d"
+)
+MLP = r"mlp|mlp2|mlp_in|mlp_layer|ffn|feed_forward|net"
+
+# What the layers of a block are called, relative to the block. In front may stand what is neither an attention nor
+# an MLP (``attn_block.attn.qkv``), so that an MLP inside an attention, which makes position biases, is no "fc".
+PARTS: dict[str, tuple[str, ...]] = {
+    "qkv": (
+        "{attention}.(qkv|q|k|v|qk|kv)",  # timm; split: CaiT, XCiT, VOLO, Twins, PVTv2, ConViT, TNT
+        "{attention}.(q|k|v)_proj",  # EVA-02; transformers 5; nn.MultiheadAttention with kdim or vdim
+        "{attention}.in_proj",  # nn.MultiheadAttention, open_clip: no module until it is adapted
+        "{attention}.w(q|k|v)",  # CrossViT
+        "({attention}|[0-9]).to_(qkv|q|k|v|kv|query|key)",  # torchvision MaxViT, SwiftFormer, vit-pytorch
+        "{attention}.((self|attention).)?(query|key|value|qkv)",  # transformers 4, Swinv2, Data2Vec, VideoMAE
+        "{attention}.(attention.)?projection_(query|key|value)",  # CvT
+    ),
+    "proj": (
+        "{attention}.(proj|o_proj|out_proj|merge|projection|projection_layer)",
+        "{attention}.output.dense",  # transformers 4
+        "({attention}|[0-9]).to_out(.0)?",  # vit-pytorch
+        "attn_out_proj",  # timm *_xp
+    ),
+    "fc1": (
+        "{mlp}.(fc1|c_fc|lin1|dense1|w12|[01])",
+        "{mlp}.(fc1_g|fc1_x|w0|w1|gate_proj|up_proj)",  # both factors of a gated MLP
+        "{mlp}.ln1",  # LeViT
+        "linear1",  # nn.TransformerEncoderLayer
+        "intermediate.dense",  # transformers 4
+    ),
+    "fc2": (
+        "{mlp}.(fc2|c_proj|lin2|dense2|w2|w3|down_proj|[2-4])",
+        "{mlp}.ln2",
+        "linear2",
+        "output.dense",
+        "mlp_out_proj",  # timm *_xp
+    ),
+}
+# One matrix for several parts: it is in "all", and a role that means only one of them is refused.
+PACKED: dict[str, tuple[str, ...]] = {
+    "in_proj": ("qkv", "fc1"),  # timm *_xp, *_dpwee
+    "out_proj": ("proj", "fc2"),  # timm *_dpwee
+}
 ROLES: dict[str, tuple[str, ...]] = {
-    "qkv": (r"attn\.qkv",),
-    "proj": (r"attn\.proj",),
-    "fc": (r"mlp\.fc1", r"mlp\.fc2", r"mlp\.c_fc", r"mlp\.c_proj"),
-    "fc1": (r"mlp\.fc1", r"mlp\.c_fc"),
-    "fc2": (r"mlp\.fc2", r"mlp\.c_proj"),
+    "qkv": ("qkv",),
+    "proj": ("proj",),
+    "fc": ("fc1", "fc2"),
+    "fc1": ("fc1",),
+    "fc2": ("fc2",),
+    "all": tuple(PARTS),
 }
 
 
 def resolve(
-    model: nn.Module, targets: Sequence[str], exclude: Sequence[str] = (), layers: Iterable[int] | None = None
+    model: nn.Module,
+    targets: str | Sequence[str],
+    exclude: str | Sequence[str] = (),
+    layers: int | Iterable[int] | None = None,
 ) -> list[str]:
-    """Full names of the nn.Linear modules that ``targets`` mean, in the model's order.
+    """Full names of the linear layers that ``targets`` mean, in the model's order.
+
+    A name may be one that :func:`mor.hosts.prepare` has yet to make a module, such as ``attn.in_proj`` of an
+    nn.MultiheadAttention.
 
     Args:
         model: Nothing in it is changed.
@@ -32,51 +85,163 @@ def resolve(
         layers: Numbers of the blocks to keep, counted from 0 in forward order; negative from the end.
 
     Raises:
-        ValueError: a target or an exclusion matches nothing, a block does not exist, a matching layer is never
-            called by its host, or nothing is left.
+        ValueError: a target or an exclusion matches nothing, a role is packed with another into one layer, a block
+            does not exist, a host cannot be made to call a matching layer, or nothing is left.
     """
-    blocks = _blocks(model)
-    chosen = None if layers is None else _choose(blocks, layers)
-    linears: dict[str, str | None] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    names = matching_names(model, targets, exclude, layers)
+    refused = refusals(model, names)
+    if refused:
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in refused.items():
+            by_reason.setdefault(reason, []).append(name)
+        listed = "; ".join(f"{_listed(names)}: {reason}" for reason, names in by_reason.items())
+        raise ValueError(f"an adapter on these layers would do nothing: {listed}; leave them out with exclude=[...]")
+    return names
+
+
+def matching_names(
+    model: nn.Module,
+    targets: str | Sequence[str],
+    exclude: str | Sequence[str] = (),
+    layers: int | Iterable[int] | None = None,
+) -> list[str]:
+    """As :func:`resolve`, with the layers that a host cannot be made to call."""
+    targets, exclude = _as_list("targets", targets), _as_list("exclude", exclude)
+    if not targets:
+        raise ValueError("targets must name at least one role or pattern, got none")
+    linears = linear_names(model)
+    blocks = dict.fromkeys(find_blocks(model, linears))
+    chosen = None if layers is None else _choose(list(blocks), [layers] if isinstance(layers, int) else layers)
+    part_of: dict[str, str | None] = {}
+    for name in linears:
         block = _block_of(name, blocks)
         # The model itself has no parent in which it could be replaced.
-        if name and isinstance(module, nn.Linear) and (chosen is None or block in chosen):
-            linears[name] = block
+        if name and (chosen is None or block in chosen):
+            part_of[name] = None if block is None else _part(name.removeprefix(block + "."))
 
     def matching(target: str, what: str) -> list[str]:
-        found = [name for name, block in linears.items() if _matches(name, block, target)]
+        found = [name for name, part in part_of.items() if _matches(name, part, target)]
+        packed = _packed_with_others(part_of, target)
+        if packed:
+            raise ValueError(
+                f"{what} '{target}' is packed with other roles into {_listed(_collapsed(packed))};"
+                f" name it by the role 'all' or the pattern '*.{packed[0].rpartition('.')[2]}'"
+            )
         if not found:
-            raise ValueError(f"{what} '{target}' matches no nn.Linear{_in(layers)}; {_candidates(linears, target)}")
+            where = "" if layers is None else " in the chosen layers"
+            raise ValueError(f"{what} '{target}' matches no nn.Linear{where}; {_candidates(model, part_of, target)}")
         return found
 
     wanted = {name for target in targets for name in matching(target, "target")}
     unwanted = {name for target in exclude for name in matching(target, "exclude")}
-    names = [name for name in linears if name in wanted - unwanted]
+    names = [name for name in part_of if name in wanted - unwanted]
+    excluded = {identity(model, name): name for name in unwanted}
+    for name in names:
+        if identity(model, name) in excluded:
+            other = excluded[identity(model, name)]
+            raise ValueError(f"{name} and {other} are the same layer, so either both can be adapted or none")
     if not names:
         raise ValueError(f"nothing is left of targets {list(targets)} after exclude {list(exclude)}")
-    dead = [name for name in names if _reads_weight_only(model, name)]
-    if dead:
-        raise ValueError(
-            "these layers are read by their host without being called, so an adapter on them would do nothing:"
-            f" {_listed(dead)}; leave them out with exclude=[...]"
-        )
     return names
 
 
-def _blocks(model: nn.Module) -> list[str]:
-    """Names of the transformer blocks: modules with attention that stand in a list."""
-    lists = [name for name, module in model.named_modules() if isinstance(module, (nn.ModuleList, nn.Sequential))]
-    return [
-        f"{name}.{child}" if name else child
-        for name in lists
-        for child, block in model.get_submodule(name).named_children()
-        if hasattr(block, "attn")
-    ]
+def role_of(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """The part of a block ("qkv", "proj", "fc1", "fc2", "qkv+fc1", ...) that each name is, "" if it is none."""
+    blocks = dict.fromkeys(find_blocks(model, linear_names(model)))
+    roles = {}
+    for name in names:
+        block = _block_of(name, blocks)
+        part = None if block is None else _part(name.removeprefix(block + "."))
+        roles[name] = "" if part is None else "+".join(PACKED.get(part, (part,)))
+    return roles
 
 
-def _block_of(name: str, blocks: Iterable[str]) -> str | None:
-    return next((block for block in blocks if name.startswith(block + ".")), None)
+def find_blocks(model: nn.Module, linears: Iterable[str]) -> list[str]:
+    """Names of the transformer blocks, in the model's order.
+
+    Every family stacks its blocks in lists (nn.ModuleList, nn.Sequential), but so it does with stages, with the
+    steps of an MLP, and with attentions that run in parallel. A block is the smallest element of a list that holds
+    an attention, an MLP, and a layer with a role in one of them; what is inside a block is none, and what holds one
+    is a stage. Where attention stands without an MLP, as in CrossViT's fusion, the smallest element around it is a
+    block.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    elements = {
+        f"{name}.{child}" if name else child: None
+        for name, module in modules.items()
+        if isinstance(module, (nn.ModuleList, nn.Sequential))
+        for child in module._modules
+    }
+    linears, named = list(linears), [*modules, *linears]
+    attention = _elements_with(elements, named, _HOLDS_ATTENTION) & _elements_with(elements, linears, _ANY_ROLE)
+    whole = _smallest(attention & _elements_with(elements, named, _HOLDS_MLP))
+    stages = _enclosing(whole)
+    alone = {element for element in attention - whole - stages if not _block_of(element, whole)}
+    blocks = whole | _smallest(alone)
+    return [element for element in elements if element in blocks]
+
+
+def _as_list(name: str, values: str | Sequence[str]) -> list[str]:
+    values = [values] if isinstance(values, str) else list(values)
+    if not all(isinstance(value, str) for value in values):
+        raise TypeError(f"{name} must be strings, got {values!r}")
+    return values
+
+
+def _compile(names: Iterable[str]) -> re.Pattern[str]:
+    prefix = rf"(?:(?!(?:{ATTENTION}|{MLP})\.)[^.]+\.)*?"
+    # Gemma 4 and LeViT wrap the matrix once more: q_proj.linear, proj.ln.linear.
+    wrapper = r"(?:(?:\.ln)?\.linear)?"
+    joined = "|".join(names).replace(".", r"\.")
+    joined = joined.replace("{attention}", f"(?:{ATTENTION})").replace("{mlp}", f"(?:{MLP})")
+    return re.compile(f"{prefix}(?:{joined}){wrapper}")
+
+
+_PATTERNS = {part: _compile(names) for part, names in PARTS.items()}
+_ANY_ROLE = _compile([*(name for names in PARTS.values() for name in names), *PACKED])
+# From a list's element on, the name of an attention or an MLP, or of a layer with a role in one.
+_HOLDS_ATTENTION = re.compile(
+    rf"(?:.*\.)?(?:{ATTENTION})|" + _compile([*PARTS["qkv"], *PARTS["proj"], *PACKED]).pattern
+)
+_HOLDS_MLP = _compile(["{mlp}", *PARTS["fc1"], *PARTS["fc2"], *PACKED])
+
+
+def _elements_with(elements: Collection[str], names: Iterable[str], pattern: re.Pattern[str]) -> set[str]:
+    return {
+        element
+        for name in names
+        for element in _enclosing([name])
+        if element in elements and pattern.fullmatch(name.removeprefix(element + "."))
+    }
+
+
+def _smallest(elements: set[str]) -> set[str]:
+    return elements - _enclosing(elements)
+
+
+def _enclosing(names: Iterable[str]) -> set[str]:
+    return {".".join(parts[:end]) for parts in (name.split(".") for name in names) for end in range(1, len(parts))}
+
+
+def _block_of(name: str, blocks: Collection[str]) -> str | None:
+    return next((prefix for prefix in _enclosing([name]) if prefix in blocks), None)
+
+
+def _part(relative: str) -> str | None:
+    if relative in PACKED:
+        return relative
+    return next((part for part, pattern in _PATTERNS.items() if pattern.fullmatch(relative)), None)
+
+
+def _matches(name: str, part: str | None, target: str) -> bool:
+    if target not in ROLES:
+        return fnmatchcase(name, target)
+    return part is not None and (part in ROLES[target] or (target == "all" and part in PACKED))
+
+
+def _packed_with_others(part_of: Mapping[str, str | None], target: str) -> list[str]:
+    wanted = set(ROLES.get(target, ()))
+    return [name for name, part in part_of.items() if part in PACKED and wanted & {*PACKED[part]} and target != "all"]
 
 
 def _choose(blocks: list[str], layers: Iterable[int]) -> set[str | None]:
@@ -89,36 +254,37 @@ def _choose(blocks: list[str], layers: Iterable[int]) -> set[str | None]:
     return {blocks[layer] for layer in wanted}
 
 
-def _matches(name: str, block: str | None, target: str) -> bool:
-    if target not in ROLES:
-        return fnmatchcase(name, target)
-    return block is not None and any(
-        re.fullmatch(rf"(.*\.)?{suffix}", name.removeprefix(block + ".")) for suffix in ROLES[target]
-    )
-
-
-def _reads_weight_only(model: nn.Module, name: str) -> bool:
-    """Hosts that compute with a layer's ``weight`` themselves: an adapter around the layer would be dead."""
-    parent_name, _, child = name.rpartition(".")
-    parent = model.get_submodule(parent_name)
-    separate_bias = getattr(parent, "q_bias", None) is not None and not getattr(parent, "qkv_bias_separate", False)
-    # In evaluation, a TransformerEncoderLayer hands its weights to a kernel that knows no adapters.
-    is_fast_path = isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer))
-    return is_fast_path or (child == "qkv" and separate_bias)
-
-
-def _in(layers: Iterable[int] | None) -> str:
-    return "" if layers is None else " in the chosen layers"
-
-
-def _candidates(linears: Iterable[str], target: str) -> str:
-    names = [re.sub(r"\.\d+\.", ".*.", name) for name in linears]
-    if not names:
-        return "there is no nn.Linear at all"
-    known = f"roles are {', '.join(ROLES)}, and names are {_listed(dict.fromkeys(names))}"
+def _candidates(model: nn.Module, part_of: Mapping[str, str | None], target: str) -> str:
+    if not part_of:
+        return "there is no nn.Linear at all" + _convolutions(model, target)
+    known = f"roles are {', '.join(ROLES)}, and names are {_listed(_collapsed(part_of))}"
     if target in ROLES:
+        found = dict.fromkeys("+".join(PACKED.get(part, (part,))) for part in part_of.values() if part)
+        blocks = f"its blocks have {', '.join(found)}" if found else "no block has such a layer"
+        known = f"{known} ({blocks}){_convolutions(model, target)}"
         return f"it is a role, for transformer blocks; elsewhere a pattern such as '*{target}*' may fit; {known}"
     return known
+
+
+def _convolutions(model: nn.Module, target: str) -> str:
+    """Many hybrid models keep these names for 1 x 1 convolutions."""
+    patterns = [_PATTERNS[part] for part in ROLES.get(target, ())]
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    found = [name for name in names if any(re.fullmatch(rf".*?\b{p.pattern}", name) for p in patterns)]
+    return f"; {_listed(_collapsed(found))} are convolutions, which are not adapted" if found else ""
+
+
+def _collapsed(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(collapse(name) for name in names))
+
+
+def collapse(name: str) -> str:
+    """A name with its numbers replaced by stars.
+
+    >>> collapse("layers.0.blocks.11.mlp.fc1")
+    'layers.*.blocks.*.mlp.fc1'
+    """
+    return re.sub(r"(?<=[._])\d+(?=\.)|^\d+(?=\.)", "*", name)
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mor import MoRConfig, MoRLinear, mor_linear
+from mor.functional import mor_branch
 
 
 @pytest.fixture
@@ -192,15 +193,76 @@ def test_gates_sum_to_one_with_the_bypass(layer):
     torch.testing.assert_close(gates.sum(-1), torch.ones(2, 3))
 
 
-class Odd(nn.Linear):
+class Negated(nn.Linear):
     def forward(self, x):
-        return super().forward(x) + 1
+        return -super().forward(x)
 
 
-@pytest.mark.parametrize(
-    "base", [nn.Conv2d(1, 1, 1), Odd(2, 2), MoRLinear(nn.Linear(2, 2))], ids=lambda b: type(b).__name__
-)
+class Quantised(nn.Linear):
+    """As bitsandbytes' layers: packed integers for a weight, and a forward that makes floats of them."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__(base.in_features, base.out_features)
+        scale = base.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.weight = nn.Parameter((base.weight.detach() / scale).round().to(torch.int8).view(-1, 1), False)
+        self.bias = base.bias
+        self.register_buffer("scale", scale)
+
+    def forward(self, x):
+        weight = self.weight.view(self.out_features, self.in_features).to(x.dtype) * self.scale.to(x.dtype)
+        return nn.functional.linear(x, weight, self.bias.to(x.dtype))
+
+
+@pytest.mark.parametrize("base", [Negated(7, 5), Quantised(nn.Linear(7, 5))], ids=lambda base: type(base).__name__)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_base_with_a_forward_of_its_own_is_called(base, dtype):
+    layer, x = MoRLinear(copy.deepcopy(base)), torch.randn(3, 7, dtype=dtype)
+    if dtype == torch.bfloat16 and isinstance(base, Negated):
+        layer = layer.to(dtype)
+    assert torch.equal(layer(x), layer.base(x))
+    nn.init.normal_(layer.mor_B)
+    router = layer.mor_router
+    experts = (layer.mor_A, layer.mor_B, router.weight, router.bias)
+    branch = mor_branch(x, *experts, ranks=(2, 4, 8), scaling=(2.0,) * 3)
+    assert torch.equal(layer(x), layer.base(x) + branch)
+    assert layer(x).dtype == dtype and "base is called" in repr(layer)
+    layer(x).float().pow(2).sum().backward()
+    assert all(parameter.grad.any() for parameter in layer.adapter_parameters().values())
+    layer.enabled = False
+    assert torch.equal(layer(x), layer.base(x))
+
+
+def test_adapters_of_integers_are_fp32():
+    layer = MoRLinear(Quantised(nn.Linear(7, 5)))
+    assert layer.mor_A.dtype == torch.float32 and layer.weight.dtype == torch.int8
+
+
+@pytest.mark.parametrize("base", [nn.Conv2d(1, 1, 1), MoRLinear(nn.Linear(2, 2))], ids=lambda b: type(b).__name__)
 def test_refuses_what_is_not_a_linear_layer(base):
     with pytest.raises(TypeError, match="base must be an nn.Linear"):
         MoRLinear(base)
     assert any(parameter.requires_grad for parameter in base.parameters())
+
+
+def test_torchao_weights():
+    quantisation = pytest.importorskip("torchao.quantization")
+    base = nn.Sequential(nn.Linear(64, 32))
+    quantisation.quantize_(base, quantisation.Int8WeightOnlyConfig())
+    layer, x = MoRLinear(base[0]), torch.randn(3, 64)
+    assert torch.equal(layer(x), base[0](x))
+    nn.init.normal_(layer.mor_B)
+    layer(x).pow(2).sum().backward()
+    assert all(parameter.grad.any() for parameter in layer.adapter_parameters().values())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", ["Linear4bit", "Linear8bitLt"])
+def test_bitsandbytes_layers(kind):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    base = getattr(bitsandbytes.nn, kind)(64, 32).cuda()
+    layer, x = MoRLinear(base).cuda(), torch.randn(3, 64, device="cuda", dtype=torch.float16)
+    assert torch.equal(layer(x), base(x))
+    nn.init.normal_(layer.mor_B)
+    layer(x).float().pow(2).sum().backward()
+    assert all(parameter.grad.any() for parameter in layer.adapter_parameters().values())

@@ -2,12 +2,12 @@ import pytest
 import torch
 from torch import nn
 
-from mor import inject
-from mor.roles import resolve
+from mor.hosts import linear_names
+from mor.roles import collapse, find_blocks, resolve, role_of
 
 
-def short(names):
-    return [name.removeprefix("blocks.") for name in names]
+def short(found):
+    return [name.removeprefix("blocks.") for name in found]
 
 
 @pytest.mark.parametrize(
@@ -50,16 +50,132 @@ def test_exclude(vit):
     assert short(resolve(vit, ["fc"], exclude=["fc2", "blocks.0.*"])) == ["1.mlp.fc1", "2.mlp.fc1"]
 
 
+def names(model, *targets, **options) -> list[str]:
+    """What is found, with the numbers of layers left out."""
+    return sorted({collapse(name) for name in resolve(model, targets, **options)})
+
+
+def meta(name: str, **options) -> nn.Module:
+    timm = pytest.importorskip("timm")
+    with torch.device("meta"):
+        return timm.create_model(name, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        # An MLP inside an attention makes position biases; the pool, the downsampling and the head are no blocks.
+        ("vit_relpos_base_patch16_224", ["blocks.*.mlp.fc1", "blocks.*.mlp.fc2"]),
+        ("vit_base_patch16_siglip_224", ["blocks.*.mlp.fc1", "blocks.*.mlp.fc2"]),
+        ("swinv2_cr_tiny_224", ["stages.*.blocks.*.mlp.fc1", "stages.*.blocks.*.mlp.fc2"]),
+        ("swinv2_tiny_window8_256", ["layers.*.blocks.*.mlp.fc1", "layers.*.blocks.*.mlp.fc2"]),
+        ("levit_128s", ["stages.*.blocks.*.mlp.ln1.linear", "stages.*.blocks.*.mlp.ln2.linear"]),
+        ("caformer_s18", ["stages.*.blocks.*.mlp.fc1", "stages.*.blocks.*.mlp.fc2"]),
+        # Attentions and MLPs that run in parallel are one block.
+        ("vit_base_patch16_18x2_224", ["blocks.*.ffns.*.mlp.fc1", "blocks.*.ffns.*.mlp.fc2"]),
+    ],
+)
+def test_fc_is_only_the_mlp_of_a_block(name, found):
+    assert names(meta(name), "fc") == found
+
+
+def test_blocks_are_neither_stages_nor_steps():
+    def blocks(name):
+        model = meta(name)
+        return {collapse(block + ".") for block in find_blocks(model, linear_names(model))}
+
+    assert blocks("swin_tiny_patch4_window7_224") == {"layers.*.blocks.*."}
+    assert blocks("vit_base_patch16_18x2_224") == {"blocks.*."}
+    assert blocks("crossvit_9_240") == {"blocks.*.blocks.*.*.", "blocks.*.fusion.*."}
+    assert blocks("mobilevit_s") == {"stages.*.*.transformer.*."}
+    assert blocks("convnext_atto") == set()
+
+
+def test_layers_count_blocks_of_all_stages():
+    model = meta("swin_tiny_patch4_window7_224")
+    assert resolve(model, ["qkv"], layers=[2, -1]) == ["layers.1.blocks.0.attn.qkv", "layers.3.blocks.1.attn.qkv"]
+
+
+def test_roles_do_not_overlap_and_all_is_their_union(vit):
+    parts = [resolve(vit, [role]) for role in ("qkv", "proj", "fc1", "fc2")]
+    assert sorted(resolve(vit, ["all"])) == sorted(name for part in parts for name in part)
+    assert len({name for part in parts for name in part}) == 12
+
+
+def test_packed_layers_are_no_single_role():
+    """The *_xp blocks hold qkv and fc1 in one matrix."""
+    model = meta("vit_base_patch16_xp_224")
+    for role in ("qkv", "fc", "fc1"):
+        with pytest.raises(ValueError, match=rf"'{role}' is packed with .* into blocks.\*.in_proj; .*\*.in_proj'"):
+            resolve(model, [role])
+    assert names(model, "proj", "fc2") == ["blocks.*.attn_out_proj", "blocks.*.mlp_out_proj"]
+    assert names(model, "all") == ["blocks.*.attn_out_proj", "blocks.*.in_proj", "blocks.*.mlp_out_proj"]
+    assert role_of(model, ["blocks.0.in_proj", "blocks.0.attn_out_proj", "head"]) == {
+        "blocks.0.in_proj": "qkv+fc1",
+        "blocks.0.attn_out_proj": "proj",
+        "head": "",
+    }
+
+
+def test_convolutions_of_these_names_are_mentioned():
+    with pytest.raises(ValueError, match=r"stages.\*.blocks.\*.mlp.fc1, .* are convolutions, which are not adapted"):
+        resolve(meta("coatnet_0_224"), ["fc"])
+
+
 def test_open_clip_towers():
     open_clip = pytest.importorskip("open_clip")
     with torch.device("meta"):
-        tower = open_clip.model.CLIP(
+        model = open_clip.model.CLIP(
             embed_dim=16,
             vision_cfg={"layers": 2, "width": 64, "patch_size": 16, "image_size": 32},
             text_cfg={"layers": 1, "width": 64, "heads": 1, "vocab_size": 100},
-        ).visual
-    found = resolve(tower, ["fc"])
+        )
+    found = resolve(model.visual, ["fc"])
     assert found == [f"transformer.resblocks.{i}.mlp.{name}" for i in range(2) for name in ("c_fc", "c_proj")]
+    assert resolve(model, ["qkv"], exclude=["transformer.*"]) == [
+        f"visual.transformer.resblocks.{i}.attn.in_proj" for i in range(2)
+    ]
+
+
+def linear(*names: str) -> nn.Module:
+    """A model with one block that has linear layers of these names, and a list of the same outside of any block."""
+    model = nn.Module()
+    model.blocks = nn.ModuleList([nn.Module()])
+    for name in names:
+        at = model.blocks[0]
+        for step in name.split(".")[:-1]:
+            if not hasattr(at, step):
+                at.add_module(step, nn.Module())
+            at = at.get_submodule(step)
+        at.add_module(name.split(".")[-1], nn.Linear(2, 2))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("qkv", "proj", "fc1", "fc2"),
+    [
+        # transformers 4: ViT, BEiT, DINOv2, Swin
+        (
+            ["attention.attention.query", "attention.attention.key", "attention.attention.value"],
+            ["attention.output.dense"],
+            ["intermediate.dense"],
+            ["output.dense"],
+        ),
+        # transformers 5, and a gated MLP
+        (
+            ["attention.q_proj", "attention.k_proj", "attention.v_proj"],
+            ["attention.o_proj"],
+            ["mlp.gate_proj", "mlp.up_proj"],
+            ["mlp.down_proj"],
+        ),
+        (["attn.qkv"], ["attn.proj"], ["mlp.w12"], ["mlp.w3"]),  # DINOv2's own code
+        (["0.to_qkv"], ["0.to_out.0"], ["1.net.1"], ["1.net.4"]),  # vit-pytorch
+    ],
+)
+def test_names_of_families_that_are_not_installed(qkv, proj, fc1, fc2):
+    model = linear(*qkv, *proj, *fc1, *fc2, "attn.rel_pos.mlp.fc1", "cpb_mlp.0", "norm.fc")
+    for role, expected in (("qkv", qkv), ("proj", proj), ("fc1", fc1), ("fc2", fc2)):
+        assert [name.removeprefix("blocks.0.") for name in resolve(model, [role])] == expected
 
 
 @pytest.mark.parametrize(
@@ -89,17 +205,3 @@ def test_a_role_outside_of_blocks_says_so():
 def test_a_model_without_linear_layers():
     with pytest.raises(ValueError, match="there is no nn.Linear at all"):
         resolve(nn.Sequential(nn.Conv2d(3, 4, 1)), ["fc"])
-
-
-def test_hosts_that_never_call_the_layer_are_refused():
-    timm = pytest.importorskip("timm")
-    with torch.device("meta"):
-        beit = timm.create_model("beit_base_patch16_224", num_classes=0, depth=2)
-    with pytest.raises(ValueError, match=r"would do nothing: blocks.0.attn.qkv, blocks.1.attn.qkv"):
-        inject(beit, targets=["qkv", "fc"])
-    inject(beit, targets="fc")
-    with pytest.raises(ValueError, match="would do nothing: linear1, linear2"):
-        inject(nn.TransformerEncoderLayer(8, 2), targets=["linear1", "linear2"])
-    attention = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2)})
-    with pytest.raises(ValueError, match="would do nothing: 0.attn.out_proj"):
-        inject(nn.Sequential(attention), targets="*.out_proj")
