@@ -49,7 +49,7 @@ class MoRLinear(nn.Module):
         self.base = base.requires_grad_(False)
         self.backend = backend
         self.enabled = True
-        self._calls_base = not _is_plain(base)
+        self._calls_base = not is_plain(base)
 
         self.mor_A, self.mor_B, self.mor_router = new_adapter(
             config, base.in_features, base.out_features, dtype=base.weight.dtype, device=base.weight.device
@@ -63,21 +63,13 @@ class MoRLinear(nn.Module):
         """(..., K) -> (..., O), see :func:`mor.mor_linear`; the argument is called as nn.Linear's."""
         if not self.enabled:
             return self.base(input)
-        dropped = F.dropout(input, self.config.dropout) if self.training and self.config.dropout else None
-        experts = (
-            self.mor_A,
-            self.mor_B,
-            None if self.mor_router is None else self.mor_router.weight,
-            None if self.mor_router is None else self.mor_router.bias,
+        experts, settings = call_arguments(
+            input, self.mor_A, self.mor_B, self.mor_router, self.config, training=self.training
         )
-        config = self.config
-        settings: dict[str, Any] = {"ranks": config.ranks, "scaling": config.scaling, "bypass": config.bypass}
         if self._calls_base:
             y = self.base(input)
-            return y + mor_branch(input, *experts, **settings, expert_input=dropped).to(y.dtype)
-        return mor_linear(
-            input, self.base.weight, self.base.bias, *experts, **settings, expert_input=dropped, backend=self._backend
-        )
+            return y + mor_branch(input, *experts, **settings).to(y.dtype)
+        return mor_linear(input, self.base.weight, self.base.bias, *experts, **settings, backend=self._backend)
 
     def gates(self, x: Tensor) -> Tensor | None:
         """Weights of the experts, then of the bypass: (..., K) -> (..., G), fp32 or wider; None without a router."""
@@ -164,17 +156,28 @@ def reset_adapter(A: Tensor, B: Tensor, router: nn.Linear | None) -> None:
         router.reset_parameters()
 
 
+def call_arguments(
+    input: Tensor, A: Tensor, B: Tensor, router: nn.Linear | None, config: MoRConfig, *, training: bool
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What :func:`mor.mor_linear` and :func:`mor_branch` are to be called with, after the base's own tensors."""
+    dropped = F.dropout(input, config.dropout) if training and config.dropout else None
+    experts = (A, B, None if router is None else router.weight, None if router is None else router.bias)
+    settings = {"ranks": config.ranks, "scaling": config.scaling, "bypass": config.bypass, "expert_input": dropped}
+    return experts, settings
+
+
 def mor_layers(model: nn.Module) -> dict[str, MoRLinear]:
     """The Mixture-of-Ranks layers of a model by full name, in the model's order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, MoRLinear)}
 
 
-def has_hooks(base: nn.Linear) -> bool:
+def has_hooks(base: nn.Module) -> bool:
     """Whether something runs around the layer's forward, which would not run around its weight."""
     return bool(base._forward_hooks or base._forward_pre_hooks or "forward" in vars(base))
 
 
-def _is_plain(base: nn.Linear) -> bool:
-    weight = base.weight
-    is_matrix = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
-    return is_matrix and type(base).forward is nn.Linear.forward
+def is_plain(base: Any) -> bool:
+    """Whether ``base`` does nothing but W x + b, with a matrix that can be used in its place."""
+    if type(base).forward is not nn.Linear.forward:
+        return False
+    return type(base.weight) in (Tensor, nn.Parameter) and base.weight.is_floating_point()

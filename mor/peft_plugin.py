@@ -17,15 +17,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mor.checkpoint import METHOD_OF_PEFT
 from mor.config import MoRConfig
 from mor.functional import mor_branch, mor_linear
+from mor.hosts import HostChange, linear_names, prepare, restore
 from mor.injection import replace_modules
 from mor.inspection import refuse_injected
-from mor.layer import MoRLinear, new_adapter
+from mor.layer import MoRLinear, call_arguments, has_hooks, is_plain, new_adapter
 from mor.peft_format import add_note_to_card
 from mor.roles import resolve
 
@@ -171,7 +171,7 @@ class MorLinear(nn.Module, BaseTunerLayer):
         if adapter_names is not None:
             return self._mixed_batch(input, adapter_names, self.base_layer(input, *args, **kwargs))
         names = self.active_here
-        if names and _is_plain(self.base_layer):
+        if names and is_plain(self.base_layer) and not has_hooks(self.base_layer):
             tensors, settings = self._adapter(names[0], input)
             y = mor_linear(input, self.base_layer.weight, self.base_layer.bias, *tensors, **settings)
             names = names[1:]
@@ -203,22 +203,9 @@ class MorLinear(nn.Module, BaseTunerLayer):
         return mor_branch(input, *tensors, **settings)
 
     def _adapter(self, name: str, input: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What :func:`mor.mor_linear` and :func:`mor_branch` want to know of an adapter."""
         config = self.mor_config[name]
-        router = self.mor_router[name] if config.router_outputs else None
-        tensors = (
-            self.mor_A[name],
-            self.mor_B[name],
-            None if router is None else router.weight,
-            None if router is None else router.bias,
-        )
-        dropped = F.dropout(input, config.dropout) if self.training and config.dropout else None
-        return tensors, {
-            "ranks": config.ranks,
-            "scaling": config.scaling,
-            "bypass": config.bypass,
-            "expert_input": dropped,
-        }
+        router: Any = self.mor_router[name] if config.router_outputs else None
+        return call_arguments(input, self.mor_A[name], self.mor_B[name], router, config, training=self.training)
 
     def as_mor_linear(self) -> MoRLinear:
         """The same layer with its one active adapter as :func:`mor.inject` would make it, of the same parameters.
@@ -261,12 +248,16 @@ class MorModel(BaseTuner):
 
     prefix = "mor_"
     tuner_layer_cls = MorLinear
+    _host_changes: tuple[HostChange, ...] = ()
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         # peft calls this before it changes anything, so here is the last chance to refuse.
         refuse_injected(self.model)
         with _bare(self.model):
             targets, excluded = _resolve(self.model, peft_config)
+            linears = linear_names(self.model)
+            # Only now is anything changed: hosts that read weights are made to call their layers.
+            self._host_changes += prepare(self.model, [name for name in targets if name in linears])
         peft_config.target_modules = targets
         peft_config.exclude_modules = excluded
         return peft_config
@@ -296,9 +287,11 @@ class MorModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def unload(self) -> nn.Module:
-        """The model with its original layers, all adapters removed."""
-        # Before peft does, which visits a module that hangs in several places once.
+        """The model with its original layers and hosts, all adapters removed."""
+        # Before peft does: it visits a module in several places once, and hands every base its weight anew.
         replace_modules(self.model, {layer: layer.get_base_layer() for layer in _mor_layers(self.model)})
+        restore(self.model, self._host_changes)
+        self._host_changes = ()
         return super().unload()
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -352,17 +345,6 @@ def _mor_layers(model: nn.Module) -> list[MorLinear]:
     return [module for module in model.modules() if isinstance(module, MorLinear)]
 
 
-def _is_plain(base: nn.Module) -> bool:
-    """Whether ``base`` does nothing but W x + b, so that its weight can be used in its place."""
-    return (
-        type(base).forward is nn.Linear.forward
-        and type(base.weight) in (Tensor, nn.Parameter)
-        and not base._forward_hooks
-        and not base._forward_pre_hooks
-        and "forward" not in vars(base)
-    )
-
-
 @contextmanager
 def _bare(model: nn.Module) -> Iterator[None]:
     """Within the context the model has its original modules, under their own names, in place of peft's."""
@@ -411,7 +393,8 @@ def _resolve(model: nn.Module, config: MorConfig) -> tuple[tuple[str, ...], tupl
     Raises:
         ValueError: a name matches nothing, or a layer that cannot be adapted; nothing in the model is changed.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules, linears = dict(model.named_modules(remove_duplicate=False)), linear_names(model)
+    names = _names(model)
     if not config.target_modules:
         raise ValueError(f"target_modules must say what to adapt, such as ['qkv', 'fc'], got {config.target_modules!r}")
     for name in config.modules_to_save or ():
@@ -419,19 +402,26 @@ def _resolve(model: nn.Module, config: MorConfig) -> tuple[tuple[str, ...], tupl
             raise ValueError(f"modules_to_save '{name}' matches no module of the model")
     wanted = _match("target_modules", config.target_modules, model, config.layers_to_transform, config.layers_pattern)
     unwanted = _match("exclude_modules", config.exclude_modules or (), model)
-    targets = tuple(name for name in modules if name in wanted - unwanted and not _is_saved(name, config))
+    targets = tuple(name for name in names if name in wanted - unwanted and not _is_saved(name, config))
     if not targets:
         raise ValueError("target_modules must leave a layer to adapt after exclude_modules and modules_to_save")
-    odd = [f"{name} ({type(modules[name]).__name__})" for name in targets if not _is_linear(modules[name])]
+    others = [name for name in targets if name not in linears]
+    odd = [f"{name} ({type(modules[name]).__name__})" for name in others if not _is_linear(modules[name])]
     if odd:
         raise ValueError(
             f"target_modules must match linear layers only, but match {', '.join(odd)}; leave them out with"
             " exclude_modules"
         )
-    # Raises where a layer is never called by its host, so that an adapter on it would be dead.
-    if linears := [glob.escape(name) for name in targets if isinstance(modules[name], nn.Linear)]:
-        resolve(model, linears)
-    return targets, tuple(name for name in modules if name in unwanted) or None
+    # Raises where a host cannot be made to call a layer, so that an adapter on it would be dead.
+    if callable_by_host := [glob.escape(name) for name in targets if name in linears]:
+        resolve(model, callable_by_host)
+    return targets, tuple(name for name in names if name in unwanted) or None
+
+
+def _names(model: nn.Module) -> list[str]:
+    """Full names of all modules, and of the linear layers that :func:`mor.hosts.prepare` could make."""
+    modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    return list(dict.fromkeys([*modules, *linear_names(model)]))
 
 
 def _match(
@@ -441,7 +431,7 @@ def _match(
     layers: Sequence[int] | int | None = None,
     layers_pattern: Sequence[str] | str | None = None,
 ) -> set[str]:
-    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    names = [name for name in _names(model) if name]
     if isinstance(wanted, str):
         if wanted.lower() == "all-linear":
             return _all_linear(model)
@@ -479,11 +469,8 @@ def _all_linear(model: nn.Module) -> set[str]:
     heads = [getattr(model, name)() for name in ("get_output_embeddings", "get_classifier") if hasattr(model, name)]
     heads.append(getattr(model, "classifier", None))
     below_heads = {module for head in heads if isinstance(head, nn.Module) for module in head.modules()}
-    return {
-        name
-        for name, module in model.named_modules(remove_duplicate=False)
-        if name and isinstance(module, nn.Linear) and module not in below_heads
-    }
+    in_heads = {name for name, module in model.named_modules(remove_duplicate=False) if module in below_heads}
+    return {name for name in linear_names(model) if name and name not in in_heads}
 
 
 def _is_saved(name: str, config: MorConfig) -> bool:
@@ -493,7 +480,7 @@ def _is_saved(name: str, config: MorConfig) -> bool:
 
 def _is_linear(module: nn.Module) -> bool:
     # Quantised layers need not be nn.Linear, and are called, not looked into.
-    return isinstance(module, nn.Linear) or (hasattr(module, "in_features") and hasattr(module, "out_features"))
+    return hasattr(module, "in_features") and hasattr(module, "out_features")
 
 
 def _as_tuple(name: str, values: Any) -> Any:

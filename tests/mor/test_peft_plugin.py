@@ -673,9 +673,42 @@ def test_transformers(tmp_path):
     assert torch.equal(loaded(pixel_values=x).logits, model.eval()(pixel_values=x).logits)
 
 
-def dead_host() -> nn.Module:
-    """In evaluation the fast path of torch hands the weights to a kernel, and calls no layer."""
-    return nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2, enable_nested_tensor=False)
+class AttentionPool2d(nn.Module):
+    """Stands for the pool of CLIP's ResNets, which only reads its projections' weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c_proj = nn.Linear(4, 4)
+
+
+def encoder() -> nn.Module:
+    """In evaluation torch hands its weights to a kernel, and calls no layer, unless something is done about it."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0, batch_first=True)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+
+def test_hosts_that_read_weights_are_made_to_call_them(tmp_path):
+    model, x = seeded(encoder), torch.randn(3, 5, 8)
+    with torch.no_grad():
+        base = model(x)
+    wrapped = get_peft_model(model, MorConfig(target_modules="all-linear")).eval()
+    torch.testing.assert_close(wrapped(x), base)
+    wrapped.add_adapter("other", MorConfig(target_modules=["in_proj", "linear2"]))
+    assert len(layers_of(wrapped)) == 8 and sum("other" in layer.mor_A for layer in layers_of(wrapped).values()) == 4
+    for layer in layers_of(wrapped).values():
+        nn.init.normal_(layer.mor_B["default"])
+        alone = wrapped(x)
+        assert not torch.allclose(alone, base, atol=1e-3)
+        nn.init.zeros_(layer.mor_B["default"])
+    randomised(wrapped)
+    wrapped.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(seeded(encoder), tmp_path).eval()
+    torch.testing.assert_close(loaded(x), wrapped(x))
+    assert wrapped.unload() is model
+    with torch.no_grad():
+        assert torch.equal(model(x), base)
+    assert [type(module) for module in model.modules()] == [type(module) for module in encoder().modules()]
+    assert model.layers[0].activation_relu_or_gelu
 
 
 REFUSED = {
@@ -685,9 +718,14 @@ REFUSED = {
     "no match": (VIT, {"target_modules": r"block\..*"}, "matches nothing"),
     "a convolution": (VIT, {"target_modules": ["patch_embed.proj"]}, r"linear layers only, but match patch_embed.proj"),
     "a container": (VIT, {"target_modules": r"blocks\.0\.mlp.*"}, r"blocks.0.mlp \(Mlp\)"),
-    "dead by name": (dead_host, {"target_modules": ["linear1"]}, "layers.0.linear1, layers.1.linear1"),
-    "dead by expression": (dead_host, {"target_modules": r".*out_proj"}, "layers.0.self_attn.out_proj"),
-    "dead by all-linear": (dead_host, {"target_modules": "all-linear"}, "layers.0.self_attn.out_proj"),
+    "dead by name": (AttentionPool2d, {"target_modules": ["c_proj"]}, "c_proj: the attention pool"),
+    "dead by expression": (AttentionPool2d, {"target_modules": "c_.*"}, "c_proj: the attention pool"),
+    "dead by all-linear": (AttentionPool2d, {"target_modules": "all-linear"}, "c_proj: the attention pool"),
+    "dead at last": (
+        lambda: nn.ModuleList([encoder(), AttentionPool2d()]),
+        {"target_modules": ["in_proj", "linear1", "c_proj"]},
+        "1.c_proj: the attention pool",
+    ),
     "head": (MLP, {"target_modules": "lin0", "modules_to_save": ["haed"]}, "modules_to_save 'haed' matches no module"),
     "exclusion": (
         MLP,
