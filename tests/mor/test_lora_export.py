@@ -150,14 +150,15 @@ def test_a_model_that_peft_wrapped(vit, images, tmp_path):
 
 
 def test_layers_of_different_ranks_and_ambiguous_names(tmp_path):
-    """ "0" is also the end of "1.0", which has no adapter."""
-    plain = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
+    """ "0" is also the end of "1.0", which has no adapter, and of "2.0", whose rank is another."""
+    pair = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    plain = nn.Sequential(nn.Linear(4, 4), pair, nn.Sequential(nn.Linear(4, 4))).requires_grad_(False)
     model = copy.deepcopy(plain)
-    model[0] = MoRLinear(model[0], MoRConfig(ranks=(3,), bypass=False))
+    model[0] = MoRLinear(model[0], MoRConfig(ranks=(2,), bypass=False))
     model[1][1] = MoRLinear(model[1][1], MoRConfig(ranks=(1, 1)))
+    model[2][0] = MoRLinear(model[2][0], MoRConfig(ranks=(3,), bypass=False))
     for layer in mor_layers(model).values():
         nn.init.normal_(layer.mor_B)
-    model[1][0].requires_grad_(False)
     nn.init.zeros_(model[1][1].mor_router.weight)
     x = torch.randn(6, 4)
     report = to_lora(model, [x], tmp_path)
