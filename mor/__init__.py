@@ -7,6 +7,8 @@ from mor.gates import record_gates
 from mor.injection import disabled, eject, inject, trainable_parameters
 from mor.inspection import check, preview
 from mor.layer import MoRLinear
+from mor.lora_export import to_lora
+from mor.registration import register_with_peft
 
 __all__ = [
     "MoRConfig",
@@ -19,6 +21,8 @@ __all__ = [
     "mor_linear",
     "preview",
     "record_gates",
+    "register_with_peft",
     "save",
+    "to_lora",
     "trainable_parameters",
 ]

@@ -24,6 +24,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 TENSORS, CONFIG = "adapter.safetensors", "config.json"
 FORMAT, FORMAT_VERSION = "mixture-of-ranks", 1
+CONFIG_OF_PEFT, METHOD_OF_PEFT = "adapter_config.json", "MOR"
 
 
 def save(model: nn.Module, directory: str | os.PathLike[str], extra: str | Sequence[str] = ()) -> None:
@@ -43,31 +44,8 @@ def save(model: nn.Module, directory: str | os.PathLike[str], extra: str | Seque
     all processes have to call this, each with a directory of its own; it is loaded before sharding.
     """
     injection = injection_of(model)
-    state = model.state_dict()
-    adapter = _adapter_names(model)
-    extra_names = _match_extra(state, adapter, [extra] if isinstance(extra, str) else extra)
-    saved = [*adapter, *extra_names]
-    if any(state[name].is_meta for name in saved):
-        raise ValueError("model must hold its weights to be saved, but it is on the meta device")
-    # Copies, because the format has no notion of tensors that share memory.
-    if left_out := sorted(set(trainable_parameters(model)) - set(saved)):
-        warnings.warn(f"trainable but not saved: {_few(left_out)}; name them with extra=", stacklevel=2)
-    tensors = {name: _gathered(state[name]).cpu().clone(memory_format=torch.contiguous_format) for name in saved}
-
-    payload = serialise(tensors, metadata={"format": FORMAT})
-    description = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "mor": injection.config.to_dict(),
-        "modules": list(injection.names),
-        "extra": extra_names,
-        "sha256": hashlib.sha256(payload).hexdigest(),
-        "torch": torch.__version__,
-    }
-    folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / TENSORS, payload)
-    write_atomically(folder / CONFIG, (json.dumps(description, indent=2) + "\n").encode())
+    extra_names, tensors = tensors_to_save(model, extra)
+    write_folder(directory, injection.config, injection.names, extra_names, tensors)
 
 
 def _gathered(tensor: Tensor) -> Tensor:
@@ -92,7 +70,7 @@ def load(model: Model, directory: str | os.PathLike[str]) -> Model:
         TypeError: a layer to adapt is none that :class:`mor.MoRLinear` takes.
     """
     folder = Path(directory)
-    config, modules, extra, tensors = _read(folder)
+    config, modules, extra, tensors = read_folder(folder)
     injected = getattr(model, "_mor_injection", None)
     if injected is not None and (injected.config, set(injected.names)) != (config, set(modules)):
         raise ValueError(
@@ -112,6 +90,51 @@ def load(model: Model, directory: str | os.PathLike[str]) -> Model:
             eject(model)
         raise
     return model
+
+
+def tensors_to_save(model: nn.Module, extra: str | Sequence[str]) -> tuple[list[str], dict[str, Tensor]]:
+    """Names of the parts that ``extra`` means, and copies of these and of the adapters on the CPU.
+
+    Parameters that are trainable and not among them give a warning.
+    """
+    state = model.state_dict()
+    adapter = _adapter_names(model)
+    extra_names = _match_extra(state, adapter, [extra] if isinstance(extra, str) else extra)
+    saved = [*adapter, *extra_names]
+    if any(state[name].is_meta for name in saved):
+        raise ValueError("model must hold its weights to be saved, but it is on the meta device")
+    if left_out := sorted(set(trainable_parameters(model)) - set(saved)):
+        warnings.warn(f"trainable but not saved: {_few(left_out)}; name them with extra=", stacklevel=3)
+    return extra_names, {name: portable(state[name]) for name in saved}
+
+
+def portable(tensor: Tensor) -> Tensor:
+    """A copy as files want it: the format has no notion of devices, strides, or tensors that share memory."""
+    return _gathered(tensor).cpu().clone(memory_format=torch.contiguous_format)
+
+
+def write_folder(
+    directory: str | os.PathLike[str],
+    config: MoRConfig,
+    modules: Sequence[str],
+    extra: Sequence[str],
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """The two files of an adapter; ``tensors`` are :func:`portable`."""
+    payload = serialise(dict(tensors), metadata={"format": FORMAT})
+    description = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "mor": config.to_dict(),
+        "modules": list(modules),
+        "extra": list(extra),
+        "sha256": hashlib.sha256(payload).hexdigest(),
+        "torch": torch.__version__,
+    }
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / TENSORS, payload)
+    write_atomically(folder / CONFIG, (json.dumps(description, indent=2) + "\n").encode())
 
 
 def _copy(model: nn.Module, tensors: Mapping[str, Tensor], extra: Sequence[str], folder: Path) -> None:
@@ -155,7 +178,9 @@ def _match_extra(state: Mapping[str, Any], adapter: Sequence[str], patterns: Seq
     return [name for name in others if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
-def _read(folder: Path) -> tuple[MoRConfig, list[str], list[str], dict[str, Tensor]]:
+def read_folder(folder: Path) -> tuple[MoRConfig, list[str], list[str], dict[str, Tensor]]:
+    """What :func:`write_folder` wrote: settings, adapted layers, names of other parts, tensors."""
+    _refuse_folder_of_peft(folder)
     try:
         description = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         payload = (folder / TENSORS).read_bytes()
@@ -181,6 +206,21 @@ def _read(folder: Path) -> tuple[MoRConfig, list[str], list[str], dict[str, Tens
         )
     except (KeyError, TypeError, ValueError, SafetensorError) as error:
         raise ValueError(f"the adapter in {folder} is damaged: {error}") from error
+
+
+def _refuse_folder_of_peft(folder: Path) -> None:
+    if (folder / CONFIG).exists() or not (folder / CONFIG_OF_PEFT).exists():
+        return
+    try:
+        method = json.loads((folder / CONFIG_OF_PEFT).read_text(encoding="utf-8")).get("peft_type")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{folder / CONFIG_OF_PEFT} is damaged: {error}") from error
+    if method != METHOD_OF_PEFT:
+        raise ValueError(f"{folder} holds an adapter of peft's method {method}, which peft alone can load")
+    raise ValueError(
+        f"{folder} was written by peft: mor.peft_format.from_peft(folder, new_folder) converts it for mor.load; or load"
+        " it with peft, after `import mor.peft_plugin`"
+    )
 
 
 def _few(names: Sequence[str]) -> str:

@@ -92,7 +92,7 @@ def inject_names(model: nn.Module, names: Iterable[str], config: MoRConfig) -> N
         restore(model, host_changes)
         _set_requires_grad(model, requires_grad)
         raise
-    _replace_modules(model, adapted)
+    replace_modules(model, adapted)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for layer in adapted.values():
@@ -109,7 +109,7 @@ def eject(model: Model) -> Model:
         ValueError: the model was not injected.
     """
     injection = injection_of(model)
-    _replace_modules(model, {layer: layer.base for layer in mor_layers(model).values()})
+    replace_modules(model, {layer: layer.base for layer in mor_layers(model).values()})
     restore(model, injection.host_changes)
     _set_requires_grad(model, injection.requires_grad)
     del model._mor_injection
@@ -151,7 +151,8 @@ def injection_of(model: nn.Module) -> Injection:
     return injection
 
 
-def _replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+    """Put other modules in the places of some."""
     # A module may hang in several places; every one of them must lead to its replacement.
     for parent in list(model.modules()):
         for name, child in parent._modules.items():

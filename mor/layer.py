@@ -15,9 +15,9 @@ class MoRLinear(nn.Module):
     """``base`` plus experts of several ranks, weighted per token by a router.
 
     The layer starts out as ``base`` exactly, because B is zero. ``base`` itself is kept (the same object) and
-    frozen. Adapter parameters are created beside it, in fp32 where it is narrower, so that small updates
-    are not rounded away. A base with a forward of its own, or a weight that is no plain matrix of floats (quantised
-    ones: bitsandbytes, torchao), is called, and the experts' part added to what it gives.
+    frozen. Adapter parameters are created beside it, see :func:`new_adapter`. A base with a forward of its own, or a
+    weight that is no plain matrix of floats (quantised ones: bitsandbytes, torchao), is called, and the experts' part
+    added to what it gives.
 
     Attributes:
         base: The original layer.
@@ -49,44 +49,27 @@ class MoRLinear(nn.Module):
         self.base = base.requires_grad_(False)
         self.backend = backend
         self.enabled = True
-        self._calls_base = not _is_plain(base)
+        self._calls_base = not is_plain(base)
 
-        dtype, device = torch.promote_types(base.weight.dtype, torch.float32), base.weight.device
-        total = sum(config.ranks)
-        self.mor_A = nn.Parameter(torch.empty(total, base.in_features, dtype=dtype, device=device))
-        self.mor_B = nn.Parameter(torch.empty(total, base.out_features, dtype=dtype, device=device))
-        self.mor_router: nn.Linear | None = None
-        if config.router_outputs:
-            self.mor_router = nn.Linear(base.in_features, config.router_outputs, dtype=dtype, device=device)
-        self.reset_parameters()
+        self.mor_A, self.mor_B, self.mor_router = new_adapter(
+            config, base.in_features, base.out_features, dtype=base.weight.dtype, device=base.weight.device
+        )
 
     def reset_parameters(self) -> None:
         """Draw A and the router anew and set B to zero: the layer equals its base again."""
-        # The bound depends on the number of inputs alone, so one call serves experts of all ranks.
-        nn.init.kaiming_uniform_(self.mor_A, a=math.sqrt(5))
-        nn.init.zeros_(self.mor_B)
-        if self.mor_router is not None:
-            self.mor_router.reset_parameters()
+        reset_adapter(self.mor_A, self.mor_B, self.mor_router)
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., K) -> (..., O), see :func:`mor.mor_linear`; the argument is called as nn.Linear's."""
         if not self.enabled:
             return self.base(input)
-        dropped = F.dropout(input, self.config.dropout) if self.training and self.config.dropout else None
-        experts = (
-            self.mor_A,
-            self.mor_B,
-            None if self.mor_router is None else self.mor_router.weight,
-            None if self.mor_router is None else self.mor_router.bias,
+        experts, settings = call_arguments(
+            input, self.mor_A, self.mor_B, self.mor_router, self.config, training=self.training
         )
-        config = self.config
-        settings: dict[str, Any] = {"ranks": config.ranks, "scaling": config.scaling, "bypass": config.bypass}
         if self._calls_base:
             y = self.base(input)
-            return y + mor_branch(input, *experts, **settings, expert_input=dropped).to(y.dtype)
-        return mor_linear(
-            input, self.base.weight, self.base.bias, *experts, **settings, expert_input=dropped, backend=self._backend
-        )
+            return y + mor_branch(input, *experts, **settings).to(y.dtype)
+        return mor_linear(input, self.base.weight, self.base.bias, *experts, **settings, backend=self._backend)
 
     def gates(self, x: Tensor) -> Tensor | None:
         """Weights of the experts, then of the bypass: (..., K) -> (..., G), fp32 or wider; None without a router."""
@@ -147,17 +130,54 @@ class MoRLinear(nn.Module):
         return ", ".join(parts)
 
 
+def new_adapter(
+    config: MoRConfig, in_features: int, out_features: int, *, dtype: torch.dtype, device: torch.device | None
+) -> tuple[nn.Parameter, nn.Parameter, nn.Linear | None]:
+    """A (R, K), B (R, O) and the router of a new adapter, which changes nothing yet.
+
+    They are fp32 where ``dtype``, that of the base, is narrower, so that small updates are not rounded away.
+    """
+    dtype, total = torch.promote_types(dtype, torch.float32), sum(config.ranks)
+    A = nn.Parameter(torch.empty(total, in_features, dtype=dtype, device=device))
+    B = nn.Parameter(torch.empty(total, out_features, dtype=dtype, device=device))
+    router = None
+    if config.router_outputs:
+        router = nn.Linear(in_features, config.router_outputs, dtype=dtype, device=device)
+    reset_adapter(A, B, router)
+    return A, B, router
+
+
+def reset_adapter(A: Tensor, B: Tensor, router: nn.Linear | None) -> None:
+    """Draw A and the router anew and set B to zero."""
+    # The bound depends on the number of inputs alone, so one call serves experts of all ranks.
+    nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+    nn.init.zeros_(B)
+    if router is not None:
+        router.reset_parameters()
+
+
+def call_arguments(
+    input: Tensor, A: Tensor, B: Tensor, router: nn.Linear | None, config: MoRConfig, *, training: bool
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What :func:`mor.mor_linear` and :func:`mor_branch` are to be called with, after the base's own tensors."""
+    dropped = F.dropout(input, config.dropout) if training and config.dropout else None
+    experts = (A, B, None if router is None else router.weight, None if router is None else router.bias)
+    settings = {"ranks": config.ranks, "scaling": config.scaling, "bypass": config.bypass, "expert_input": dropped}
+    return experts, settings
+
+
 def mor_layers(model: nn.Module) -> dict[str, MoRLinear]:
     """The Mixture-of-Ranks layers of a model by full name, in the model's order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, MoRLinear)}
 
 
-def has_hooks(base: nn.Linear) -> bool:
+def has_hooks(base: nn.Module) -> bool:
     """Whether something runs around the layer's forward, which would not run around its weight."""
     return bool(base._forward_hooks or base._forward_pre_hooks or "forward" in vars(base))
 
 
-def _is_plain(base: nn.Linear) -> bool:
-    weight = base.weight
-    is_matrix = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
-    return is_matrix and type(base).forward is nn.Linear.forward
+def is_plain(base: Any) -> bool:
+    """Whether ``base`` does nothing but W x + b, with a matrix that can be used in its place."""
+    if type(base).forward is not nn.Linear.forward:
+        return False
+    return type(base.weight) in (Tensor, nn.Parameter) and base.weight.is_floating_point()

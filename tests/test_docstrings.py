@@ -17,10 +17,13 @@ MODULES = [
 
 @pytest.mark.parametrize("name", MODULES)
 def test_examples(name):
+    if name == "mor.peft_plugin":
+        pytest.importorskip("peft")
     result = doctest.testmod(import_module(name))
     assert result.failed == 0
 
 
 def test_there_are_examples():
     finder = doctest.DocTestFinder()
-    assert sum(bool(test.examples) for name in MODULES for test in finder.find(import_module(name))) >= 20
+    names = [name for name in MODULES if name != "mor.peft_plugin"]
+    assert sum(bool(test.examples) for name in names for test in finder.find(import_module(name))) >= 20

@@ -41,6 +41,11 @@ def test_the_check_sees_an_upward_import(tmp_path):
     assert set(imported_packages(path)) == {"ei", "tests"}
 
 
+def test_only_the_plug_in_imports_peft():
+    files = [path for path in FOLDER["mor"].rglob("*.py") if "peft" in imported_packages(path)]
+    assert [path.name for path in files] == ["peft_plugin.py"]
+
+
 def test_folders_that_must_not_be_packages():
     """kernels/__init__.py would shadow the library of that name, which peft imports; tests/mor would shadow mor."""
     assert not (ROOT / "kernels/__init__.py").exists()

@@ -27,6 +27,14 @@ def test_inject():
     assert "85,498 of 608,602 parameters train" in done.stdout and "effective rank" in done.stdout
 
 
+def test_peft():
+    pytest.importorskip("peft")
+    done = run("03_peft.py")
+    assert done.returncode == 0, done.stderr
+    assert "trainable params: 85,498" in done.stdout and "no merging: " in done.stdout
+    assert "outputs of the model" in done.stdout and "merged: " in done.stdout
+
+
 @pytest.fixture
 def patches(tmp_path) -> Path:
     """A file like the real one: three patients, 18 patches."""

@@ -178,5 +178,5 @@ def test_bad_arguments(vit):
 
 def test_public_names():
     functions = {"mor_linear", "inject", "eject", "disabled", "trainable_parameters", "record_gates", "save", "load"}
-    functions |= {"preview", "check"}
+    functions |= {"preview", "check", "to_lora", "register_with_peft"}
     assert set(mor.__all__) == functions | {"MoRConfig", "MoRLinear"}

@@ -1,0 +1,146 @@
+"""peft's folders, read and written without peft: ``adapter_model.safetensors`` and ``adapter_config.json``."""
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as serialise
+from torch import Tensor
+
+from mor.checkpoint import CONFIG_OF_PEFT, METHOD_OF_PEFT, read_folder, write_folder
+from mor.config import MoRConfig
+from mor.files import write_atomically
+
+TENSORS, CARD = "adapter_model.safetensors", "README.md"
+# peft wraps a model twice, and names everything from outside.
+PREFIX = "base_model.model."
+
+CARD_HEAD = "---\nlibrary_name: peft\n---\n"
+HOW_TO_LOAD = """
+## How to load
+
+This is a Mixture-of-Ranks adapter. peft knows these once `mor.peft_plugin` is imported, which the package
+mixture-of-ranks brings; without it, peft stops with `KeyError: 'MOR'`.
+
+```python
+import mor.peft_plugin
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(model, "path/to/this/folder")
+```
+"""
+
+
+def to_peft(directory: str | os.PathLike[str], peft_directory: str | os.PathLike[str]) -> None:
+    """Write what :func:`mor.save` wrote as a folder of peft.
+
+    Args:
+        directory: A folder written by :func:`mor.save`. Its other parts, such as a head, become ``modules_to_save``.
+        peft_directory: Made if need be; an adapter that is there is replaced.
+
+    Raises:
+        ValueError: the folder cannot be read, or holds parts that peft cannot hold: parameters of the model itself,
+            or of a module that contains adapted layers.
+    """
+    config, modules, extra, tensors = read_folder(Path(directory))
+    description = {
+        "peft_type": METHOD_OF_PEFT,
+        **config.to_dict(),
+        "target_modules": modules,
+        "modules_to_save": modules_to_save(extra, modules) or None,
+    }
+    write_peft_folder(peft_directory, description, tensors, CARD_HEAD + HOW_TO_LOAD)
+
+
+def from_peft(peft_directory: str | os.PathLike[str], directory: str | os.PathLike[str]) -> None:
+    """Write a Mixture-of-Ranks adapter that peft saved as a folder for :func:`mor.load`.
+
+    Args:
+        peft_directory: Where ``save_pretrained`` of peft wrote to; for an adapter that is not called "default", the
+            folder of its name in there.
+        directory: Made if need be; an adapter that is there is replaced.
+
+    Raises:
+        ValueError: the folder is missing or damaged, or holds an adapter of another method.
+    """
+    folder = Path(peft_directory)
+    description, tensors = _read_peft_folder(folder)
+    try:
+        config = MoRConfig.from_dict({item.name: description[item.name] for item in fields(MoRConfig)})
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / CONFIG_OF_PEFT} is damaged: {error}") from error
+    modules = [name.removesuffix(".mor_A") for name in tensors if name.endswith(".mor_A")]
+    adapter = {name for name in tensors for module in modules if name.startswith(f"{module}.mor_")}
+    extra = [name for name in tensors if name not in adapter]
+    write_folder(directory, config, modules, extra, tensors)
+
+
+def modules_to_save(names: Iterable[str], adapted: Sequence[str]) -> list[str]:
+    """The outermost modules that hold these parameters and buffers; peft saves modules, not tensors.
+
+    >>> modules_to_save(["head.0.weight", "head.scale", "norm.bias"], adapted=["blocks.0.fc"])
+    ['head', 'norm']
+    """
+    modules: list[str] = []
+    for name in names:
+        module = name.rpartition(".")[0]
+        inside = [layer for layer in adapted if f"{layer}.".startswith(f"{module}.") or name.startswith(f"{layer}.")]
+        if not module or inside:
+            reason = f"belongs to {module}, which has adapted layers" if module else "belongs to the model itself"
+            raise ValueError(f"peft saves modules as a whole and cannot hold '{name}', which {reason}")
+        modules.append(module)
+    kept = dict.fromkeys(modules)
+    return [module for module in kept if not any(module.startswith(f"{other}.") for other in kept)]
+
+
+def write_peft_folder(
+    directory: str | os.PathLike[str], description: Mapping[str, Any], tensors: Mapping[str, Tensor], card: str
+) -> None:
+    """The files of an adapter as peft reads them; ``tensors`` by their names in the plain model."""
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    payload = serialise({PREFIX + name: tensor for name, tensor in tensors.items()}, metadata={"format": "pt"})
+    write_atomically(folder / TENSORS, payload)
+    write_atomically(folder / CONFIG_OF_PEFT, (json.dumps(description, indent=2) + "\n").encode())
+    write_atomically(folder / CARD, card.encode())
+
+
+def add_note_to_card(folder: Path) -> None:
+    """Say in the folder's README.md what has to be imported before peft can load a Mixture-of-Ranks adapter."""
+    path = folder / CARD
+    card = path.read_text(encoding="utf-8") if path.exists() else CARD_HEAD
+    if "mor.peft_plugin" not in card:
+        # Above whatever else the card says, but below its metadata.
+        head = re.match(r"---\n.*?\n---\n", card, re.DOTALL)
+        end = head.end() if head else 0
+        write_atomically(path, (card[:end] + HOW_TO_LOAD + card[end:]).encode())
+
+
+def _read_peft_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """adapter_config.json, and the tensors by their names in the plain model."""
+    try:
+        description = json.loads((folder / CONFIG_OF_PEFT).read_text(encoding="utf-8"))
+        payload = (folder / TENSORS).read_bytes()
+    except OSError as error:
+        raise ValueError(f"{folder} holds no adapter of peft: {error.strerror or error}: {error.filename}") from error
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG_OF_PEFT} is damaged: {error}") from error
+    method = description.get("peft_type") if isinstance(description, dict) else None
+    if method != METHOD_OF_PEFT:
+        raise ValueError(
+            f"{folder} must hold a Mixture-of-Ranks adapter ({METHOD_OF_PEFT}), got peft's method {method}"
+        )
+    try:
+        tensors = load_tensors(payload)
+    except SafetensorError as error:
+        raise ValueError(f"{folder / TENSORS} is damaged: {error}") from error
+    strangers = [name for name in tensors if not name.startswith(PREFIX)]
+    if strangers:
+        raise ValueError(f"{folder / TENSORS} must name everything '{PREFIX}...', got {strangers[0]}")
+    return description, {name.removeprefix(PREFIX): tensor for name, tensor in sorted(tensors.items())}

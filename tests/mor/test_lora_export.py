@@ -1,0 +1,241 @@
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from mor import MoRConfig, MoRLinear, inject, to_lora, trainable_parameters
+from mor.injection import mor_layers
+
+peft = pytest.importorskip("peft")
+
+
+@pytest.fixture
+def trained(vit) -> nn.Module:
+    return randomised(inject(copy.deepcopy(vit), targets=["qkv", "fc"], ranks=(1, 2, 4), alphas=(3, 2, 1)))
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    for parameter in trainable_parameters(model).values():
+        nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def with_constant_gates(model: nn.Module) -> nn.Module:
+    for layer in mor_layers(model).values():
+        nn.init.zeros_(layer.mor_router.weight)
+    return model
+
+
+def plain_lora(model: nn.Module, folder) -> nn.Module:
+    return peft.PeftModel.from_pretrained(model, folder).eval()
+
+
+def test_constant_gates_lose_nothing(trained, vit, images, tmp_path):
+    report = to_lora(with_constant_gates(trained), [images], tmp_path)
+    assert report.outputs.max < 1e-5 and report.agreement == 1
+    assert all(cost.max < 1e-5 and cost.of_update < 1e-5 for cost in report.layers.values())
+    loaded = plain_lora(vit, tmp_path)
+    torch.testing.assert_close(loaded(images), trained(images), rtol=1e-4, atol=1e-5)
+
+
+def test_peft_alone_loads_and_merges_it(trained, vit, images, tmp_path):
+    report = to_lora(trained, [images], tmp_path)
+    loaded = plain_lora(vit, tmp_path)
+    layer = loaded.base_model.model.blocks[0].mlp.fc1
+    assert type(layer).__module__.startswith("peft.tuners.lora") and layer.scaling == {"default": 1.0}
+    assert report.rank == layer.r["default"] == 7
+    adapted = loaded(images)
+    merged = loaded.merge_and_unload()
+    assert type(merged.blocks[0].mlp.fc1) is nn.Linear
+    torch.testing.assert_close(merged(images), adapted, rtol=1e-4, atol=1e-5)
+
+
+def test_the_report_is_the_truth_about_the_files(trained, vit, images, tmp_path):
+    """Measured here again, with what peft makes of the folder."""
+    report = to_lora(trained, [images[:1], images[1:]], tmp_path)
+    inputs, exact = {}, {}
+
+    def remember(name, args, y):
+        inputs[name], exact[name] = args[0], y
+
+    for name, layer in mor_layers(trained).items():
+        layer.register_forward_hook(lambda layer, args, y, name=name: remember(name, args, y))
+    y, loaded = trained(images), plain_lora(copy.deepcopy(vit), tmp_path)
+    assert report.outputs.max > 0.01
+    errors = relative(loaded(images), y)
+    assert report.outputs.mean == pytest.approx(errors.mean().item(), rel=1e-3)
+    assert report.outputs.max == pytest.approx(errors.max().item(), rel=1e-3)
+    assert report.agreement == (loaded(images).argmax(-1) == y.argmax(-1)).float().mean().item()
+    for name, cost in report.layers.items():
+        frozen = loaded.base_model.model.get_submodule(name)(inputs[name])
+        errors = relative(frozen, exact[name])
+        assert cost.mean == pytest.approx(errors.mean().item(), rel=1e-3)
+        assert cost.max == pytest.approx(errors.max().item(), rel=1e-3)
+        assert cost.count == errors.numel() == 10
+        update = exact[name] - mor_layers(trained)[name].base(inputs[name])
+        assert cost.of_update == pytest.approx(((frozen - exact[name]).norm() / update.norm()).item(), rel=1e-3)
+
+
+def relative(y: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    return (y - exact).norm(dim=-1) / exact.norm(dim=-1)
+
+
+def test_gates_are_the_mean_over_all_tokens(tmp_path):
+    """Batches of different sizes count by their tokens."""
+    model = randomised(inject(nn.Sequential(nn.Linear(4, 3)), "0", ranks=(1, 2), alphas=(1, 4)))
+    x = torch.randn(10, 4)
+    to_lora(model, [x[:1], x[1:]], tmp_path)
+    layer, lora = model[0], plain_lora(nn.Sequential(nn.Linear(4, 3)), tmp_path).base_model.model[0]
+    gates = layer.gates(x).mean(0)
+    expected = gates[0] * layer.mor_B[:1].T @ layer.mor_A[:1] + 2 * gates[1] * layer.mor_B[1:].T @ layer.mor_A[1:]
+    torch.testing.assert_close(lora.get_delta_weight("default"), expected)
+
+
+def test_the_cost_on_other_data(trained, images, tmp_path):
+    calibrated = to_lora(trained, [images[:1]], tmp_path)
+    other = to_lora(trained, [images[:1]], tmp_path, held_out=[images[1:]])
+    assert other.outputs.mean != calibrated.outputs.mean and other.outputs.count == 1
+
+
+def test_the_head_goes_along(trained, vit, images, tmp_path):
+    trained.head.requires_grad_(True)
+    nn.init.normal_(trained.head.weight)
+    with pytest.warns(UserWarning, match="trainable but not saved: head.bias, head.weight; name them with extra="):
+        to_lora(trained, [images], tmp_path)
+    to_lora(with_constant_gates(trained), [images], tmp_path, extra="head.*")
+    torch.testing.assert_close(plain_lora(vit, tmp_path)(images), trained(images), rtol=1e-4, atol=1e-4)
+
+
+def test_the_model_is_left_as_it_was(trained, images, tmp_path):
+    trained.train()
+    trained.blocks[0].eval()
+    state = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
+    modes = [module.training for module in trained.modules()]
+    to_lora(trained, [images], tmp_path)
+    assert modes == [module.training for module in trained.modules()]
+    assert all(torch.equal(tensor, state[name]) for name, tensor in trained.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in trained.modules())
+
+
+def test_dropout_is_off_while_measuring(vit, images, tmp_path):
+    model = randomised(inject(vit, "fc", dropout=0.5)).train()
+    assert to_lora(with_constant_gates(model), [images], tmp_path).outputs.max < 1e-5
+
+
+def test_a_model_that_peft_wrapped(vit, images, tmp_path):
+    from mor.peft_plugin import MorConfig, MorLinear
+
+    config = MorConfig(target_modules="fc", modules_to_save=["head"])
+    model = peft.get_peft_model(copy.deepcopy(vit), config).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.2)
+    model.add_adapter("other", MorConfig(target_modules="qkv"))
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, MorLinear) and "default" in module.mor_A:
+                module.mor_router["default"].weight.zero_()
+    before = {name: id(module) for name, module in model.named_modules()}
+    expected = model(images)
+    report = to_lora(model, [images], tmp_path)
+    assert {name: id(module) for name, module in model.named_modules()} == before
+    assert report.outputs.max < 1e-5 and len(report.layers) == 6
+    torch.testing.assert_close(plain_lora(vit, tmp_path)(images), expected, rtol=1e-4, atol=1e-4)
+    model.base_model.set_adapter(["default"])
+    with model.disable_adapter(), pytest.raises(ValueError, match="one adapter must be active and enabled"):
+        to_lora(model, [images], tmp_path)
+    assert {name: id(module) for name, module in model.named_modules()} == before
+
+
+def test_layers_of_different_ranks_and_ambiguous_names(tmp_path):
+    """ "0" is also the end of "1.0", which has no adapter, and of "2.0", whose rank is another."""
+    pair = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    plain = nn.Sequential(nn.Linear(4, 4), pair, nn.Sequential(nn.Linear(4, 4))).requires_grad_(False)
+    model = copy.deepcopy(plain)
+    model[0] = MoRLinear(model[0], MoRConfig(ranks=(2,), bypass=False))
+    model[1][1] = MoRLinear(model[1][1], MoRConfig(ranks=(1, 1)))
+    model[2][0] = MoRLinear(model[2][0], MoRConfig(ranks=(3,), bypass=False))
+    for layer in mor_layers(model).values():
+        nn.init.normal_(layer.mor_B)
+    nn.init.zeros_(model[1][1].mor_router.weight)
+    x = torch.randn(6, 4)
+    report = to_lora(model, [x], tmp_path)
+    loaded = plain_lora(plain, tmp_path)
+    assert report.rank == 3 and type(loaded.base_model.model[1][0]) is nn.Linear
+    torch.testing.assert_close(loaded(x), model(x))
+
+
+def test_plain_lora_is_exact(vit, images, tmp_path):
+    """A single expert without bypass has no router to freeze."""
+    model = randomised(inject(copy.deepcopy(vit), "fc", ranks=(4,), bypass=False, alphas=(2,)))
+    assert to_lora(model, [images], tmp_path).outputs.max < 1e-5
+    torch.testing.assert_close(plain_lora(vit, tmp_path)(images), model(images), rtol=1e-4, atol=1e-5)
+
+
+class Answering(nn.Module):
+    """Models answer in many ways."""
+
+    def __init__(self, answer) -> None:
+        super().__init__()
+        self.lin, self.answer = nn.Linear(4, 3), answer
+
+    def forward(self, x, scale=1.0):
+        return self.answer(self.lin(x) * scale)
+
+
+class Logits:
+    def __init__(self, logits) -> None:
+        self.logits = logits
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda y: y,
+        lambda y: (None, y),
+        lambda y: {"name": "x", "out": y},
+        Logits,
+        lambda y: y[:, 0],
+        lambda y: y.sum(),
+    ],
+)
+@pytest.mark.parametrize("batch", ["tensor", "tuple", "mapping"])
+def test_batches_and_answers_of_all_kinds(tmp_path, answer, batch):
+    x = torch.randn(5, 4)
+    model = randomised(inject(Answering(answer), "lin"))
+    batch = {"tensor": x, "tuple": (x, 2.0), "mapping": {"x": x, "scale": 3.0}}[batch]
+    report = to_lora(model, iter([batch]), tmp_path)
+    assert report.layers["lin"].count == 5 and 0 < report.outputs.mean < float("inf")
+
+
+def test_refused_before_anything_is_written(trained, vit, images, tmp_path):
+    with pytest.raises(ValueError, match="must have Mixture-of-Ranks layers, but has none; call mor.inject"):
+        to_lora(vit, [images], tmp_path / "out")
+    with pytest.raises(ValueError, match="must reach every adapted layer, but none reached blocks.0.attn.qkv"):
+        to_lora(trained, [], tmp_path / "out")
+    with pytest.raises(ValueError, match="must reach every adapted layer, but none reached blocks.0.attn.qkv"):
+        to_lora(trained, [images], tmp_path / "out", held_out=[])
+    with pytest.raises(ValueError, match="extra 'classifier.*' matches nothing"):
+        to_lora(trained, [images], tmp_path / "out", extra="classifier.*")
+    with pytest.raises(ValueError, match="cannot hold 'pos_embed'"):
+        to_lora(trained, [images], tmp_path / "out", extra="pos_embed")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_report_reads_as_a_table(trained, images, tmp_path):
+    report = to_lora(trained, [images], tmp_path)
+    lines = str(report).splitlines()
+    assert lines[0].split() == ["relative", "error", "mean", "max", "of", "update"]
+    assert [line.split()[0] for line in lines[1:-2]] == list(report.layers)
+    assert lines[-2].startswith("outputs of the model") and f"{report.outputs.mean:.2%}" in lines[-2]
+    assert lines[-1] == f"the largest output is the same for {report.agreement:.2%} of 2"
+    assert str(report) in (tmp_path / "README.md").read_text()
+
+
+def test_the_folder_names_layers_one_by_one(trained, images, tmp_path):
+    to_lora(trained, [images], tmp_path)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert written["target_modules"] == list(mor_layers(trained))
+    assert written["r"] == written["lora_alpha"] == 7 and not written["rank_pattern"]
