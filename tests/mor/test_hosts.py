@@ -133,9 +133,9 @@ def test_multihead_attention_drops_out_only_in_training(need):
 
 
 def test_multihead_attention_has_the_same_gradients():
-    attention = multihead(batch_first=True)
+    attention = multihead(batch_first=True).double()
     twin = called(attention)
-    x = torch.randn(2, 5, 8)
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
     for module in (attention, twin):
         module(x, x, x)[0].pow(2).sum().backward()
     for (name, one), (other_name, other) in zip(attention.named_parameters(), twin.named_parameters(), strict=True):
