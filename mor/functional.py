@@ -245,8 +245,7 @@ def _concat(
     settings: _Settings,
 ) -> Tensor:
     if expert_input is None:
-        rows = x.reshape(-1, x.shape[-1])
-        y = _Concatenated.apply(rows, weight, bias, A, B, router_weight, router_bias, settings)
+        y = _Concatenated.apply(x, weight, bias, A, B, router_weight, router_bias, settings)
         return y.view(*x.shape[:-1], len(weight))
     ranks, scaling, base_dtype = settings
     y = F.linear(x, *_cast_base(weight, bias, base_dtype))
@@ -279,7 +278,7 @@ class _Concatenated(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x: Tensor,  # (T, K)
+        x: Tensor,  # (..., K)
         weight: Tensor,
         bias: Tensor | None,
         A: Tensor,
@@ -289,17 +288,22 @@ class _Concatenated(torch.autograd.Function):
         settings: _Settings,
     ) -> Tensor:
         ranks, scaling, base_dtype = settings
+        rows = x.reshape(-1, x.shape[-1])  # (T, K)
         gates = None
         if router_weight is None:
-            h = A @ x.T  # (R, T)
+            h = A @ rows.T  # (R, T)
         else:
-            h, logits = (torch.cat([A, router_weight]) @ x.T).split([len(A), len(router_weight)])
+            h, logits = (torch.cat([A, router_weight]) @ rows.T).split([len(A), len(router_weight)])
             h = h.clone()  # lets go of the logits beside it, which would be kept for backward
             gates = _softmax(logits, None if router_bias is None else router_bias[:, None], dim=0)  # (G, T)
-        y = F.linear(x, *_cast_base(weight, bias, base_dtype))  # (T, O)
         gated = _weigh(h, gates, ranks, scaling, dim=0).T
-        # In place saves a copy of y; but torch 2.11 compiles that to gradients of zero, without a word.
-        y = torch.addmm(y, gated, B) if torch.compiler.is_compiling() else y.addmm_(gated, B)
+        base = _cast_base(weight, bias, base_dtype)
+        if x.is_contiguous() and not torch.compiler.is_compiling():
+            # In place saves a copy of y; but torch 2.11 compiles that to gradients of zero, without a word.
+            y = F.linear(rows, *base).addmm_(gated, B)  # (T, O)
+        else:
+            # Of x as it came: with other strides BLAS may round differently, and the frozen model's bits would be lost.
+            y = torch.addmm(F.linear(x, *base).reshape(-1, len(weight)), gated, B)
         ctx.save_for_backward(x, weight, A, B, router_weight, h, gates)
         ctx.settings = settings
         ctx.bias_dtypes = [None if tensor is None else tensor.dtype for tensor in (bias, router_bias)]
@@ -315,6 +319,7 @@ class _Concatenated(torch.autograd.Function):
         x, weight, A, B, router_weight, h, gates = ctx.saved_tensors
         ranks, scaling, base_dtype = ctx.settings
         bias_dtype, router_bias_dtype = ctx.bias_dtypes
+        rows = x.reshape(-1, x.shape[-1])
         needs_x, needs_weight, needs_bias, needs_A, needs_B, needs_router, needs_router_bias, _ = ctx.needs_input_grad
 
         d_gated = B @ dy.T  # (R, T)
@@ -331,14 +336,14 @@ class _Concatenated(torch.autograd.Function):
 
         dx = dA = d_router = d_router_bias = None
         if needs_x:
-            dx = (dy @ _cast_base(weight, None, base_dtype)[0]).addmm_(d_side.T, side)
+            dx = (dy @ _cast_base(weight, None, base_dtype)[0]).addmm_(d_side.T, side).view(x.shape)
         if needs_A or needs_router:
-            dA, d_router = (d_side @ x).tensor_split([len(A)])
+            dA, d_router = (d_side @ rows).tensor_split([len(A)])
         if needs_router_bias:
             assert d_logits is not None
             d_router_bias = d_logits.sum(1).to(router_bias_dtype)
         dB = _weigh(h, gates, ranks, scaling, dim=0) @ dy if needs_B else None
-        d_weight = (dy.T @ x).to(weight.dtype) if needs_weight else None
+        d_weight = (dy.T @ rows).to(weight.dtype) if needs_weight else None
         d_bias = dy.sum(0).to(bias_dtype) if needs_bias else None
         return dx, d_weight, d_bias, dA, dB, d_router if needs_router else None, d_router_bias, None
 
