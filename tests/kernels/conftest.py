@@ -65,12 +65,12 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(params=["shipped tiles", "smallest tiles"])
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Once with the tiles that ship, once with 16 x 16 x 16 ones, so that small sizes still make many tiles."""
-    from mor_kernels import blocks
+    from mor_kernels import blocks, tables
 
     if request.param == "smallest tiles":
         tiny = blocks.Blocks(rows=16, inner=16, columns=16)
-        monkeypatch.setattr(blocks, "TABLE", dict.fromkeys(blocks.TABLE, tiny))
-        monkeypatch.setattr(blocks, "choose", lambda kernel, x, rank_columns=0: tiny)
+        table = tables.Table(dict.fromkeys(blocks.default_tiles(None), tiny), {})
+        monkeypatch.setattr(tables, "table_of", lambda device: table)
     return request.param
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import mor_kernels
-from mor_kernels import blocks, matmul_tail
+from mor_kernels import blocks, matmul_tail, tables
 from mor_kernels.linear import linear_backward, linear_forward
 
 NAMES = ("x", "A", "B", "router_weight", "router_bias")
@@ -165,9 +165,9 @@ def test_persistent_matmul(shape, dtype, device, monkeypatch):
     if device == "cuda" and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("needs a tensor memory accelerator")
     tile = blocks.Blocks(rows=64, inner=16, columns=32, persistent=True)
-    monkeypatch.setattr(
-        blocks, "TABLE", {key: tile if key[0] == "matmul_tail" else old for key, old in blocks.TABLE.items()}
-    )
+    old = tables.table_of(torch.device(device))
+    every = {key: tile for key in old.tiles if key[0] == "matmul_tail"}
+    monkeypatch.setattr(tables, "table_of", lambda device: old.with_entries_of(tables.Table(every, {})))
     launches = []
     launch = matmul_tail.matmul_tail_tma
     monkeypatch.setattr(matmul_tail, "matmul_tail_tma", lambda *a: launches.append(launch(*a)))
@@ -482,4 +482,4 @@ def test_imports_without_triton():
 
 
 def test_exported_names():
-    assert set(mor_kernels.__all__) == {"MAX_COLUMNS", "is_available", "mor_linear"}
+    assert set(mor_kernels.__all__) == {"MAX_COLUMNS", "is_available", "mor_linear", "prefers_library"}
