@@ -50,7 +50,7 @@ DEFAULTS: dict[tuple, Blocks] = {
     ("shrink", "fp32"): Blocks(rows=32, inner=64),
     ("branch", "few"): Blocks(rows=16, inner=256, columns=256),
     ("branch", "many"): Blocks(rows=64, inner=128, columns=128),
-    ("branch", "fp32"): Blocks(rows=32, inner=64, columns=64),
+    ("branch", "fp32"): Blocks(rows=32, inner=64, columns=64, warps=8),
     ("dy_side", "few"): Blocks(rows=16, inner=256, columns=256),
     ("dy_side", "many"): Blocks(rows=64, inner=128, columns=128),
     ("dy_side", "fp32"): Blocks(rows=32, inner=64, columns=64),
@@ -60,6 +60,7 @@ DEFAULTS: dict[tuple, Blocks] = {
     ("matmul_tail", "few"): Blocks(rows=64, inner=64, columns=128),
     ("matmul_tail", "many"): Blocks(rows=128, inner=64, columns=128, warps=8),
     ("matmul_tail", "fp32"): Blocks(rows=64, inner=16, columns=64, warps=8),
+    ("dy_side", "many", (10, 0)): Blocks(rows=64, inner=128, columns=64),
     ("matmul_tail", "few", (9, 0)): Blocks(rows=128, inner=64, columns=128, stages=4),
     ("matmul_tail", "many", (9, 0)): Blocks(rows=128, inner=64, columns=256, warps=8),
 }
