@@ -7,8 +7,8 @@ import os
 import random
 import subprocess
 import time
-from collections.abc import Callable, Hashable, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,27 +20,31 @@ WARM_UP = 3
 FLUSH_BYTES = 2**28  # several times any L2 cache
 
 
-def captured(function: Callable[[], object]) -> Callable[[], None]:
-    """The work that `function` launches as one CUDA graph; returns its replay.
+@contextmanager
+def side_stream() -> Iterator[None]:
+    """Everything on one stream that is not the default one, for `captured`.
 
-    Compiles and allocates in a few calls first, on the stream of the capture: autograd runs a backward on the stream
-    of its forward, so what is made outside, for a backward alone, has to be made on `capture_stream()` too.
+    Autograd runs a backward on the streams of its forward and of its leaves, and a capture must not meet another one.
     """
-    stream = capture_stream()
+    stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(WARM_UP):
-            function()
+        yield
+    torch.cuda.current_stream().wait_stream(stream)
+
+
+def captured(function: Callable[[], object]) -> Callable[[], None]:
+    """The work that `function` launches as one CUDA graph; returns its replay. To be called on a `side_stream`.
+
+    A few calls first compile and allocate what the capture could not.
+    """
+    for _ in range(WARM_UP):
+        function()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         function()
     return graph.replay
-
-
-@lru_cache(maxsize=1)
-def capture_stream() -> torch.cuda.Stream:
-    return torch.cuda.Stream()
 
 
 def in_turn(

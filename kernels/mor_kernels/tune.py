@@ -21,7 +21,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -39,7 +39,7 @@ from mor_kernels.branch import branch
 from mor_kernels.dy_side import dy_side
 from mor_kernels.linear import linear_backward, linear_forward
 from mor_kernels.matmul_tail import matmul_tail
-from mor_kernels.measure import Name, captured, git_state, in_turn, quantiles
+from mor_kernels.measure import Name, captured, git_state, in_turn, quantiles, side_stream
 from mor_kernels.ranks import INTERPRETED, RankLayout, rank_layout
 from mor_kernels.reference import Problem, draw, exact, red
 from mor_kernels.shrink import shrink
@@ -164,14 +164,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.device == "cpu":
         content["dry_run"] = True
     print(json.dumps(content["made"]))
-    content["measured"] = {"library": measure_library(run)}
-    base = tables.table_of(device)
-    tiles, evidence = tune_tiles(run, base)
-    content["tiles"], content["measured"]["tiles"] = tiles_as_json(tiles), evidence
-    write(out, content)
-    forms, evidence = tune_forms(run, base.with_entries_of(Table(tiles, {})))
-    content["forms"], content["measured"]["forms"] = forms_as_json(forms), evidence
-    write(out, content)
+    with side_stream() if options.device == "cuda" else nullcontext():
+        content["measured"] = {"library": measure_library(run)}
+        base = tables.table_of(device)
+        tiles, evidence = tune_tiles(run, base)
+        content["tiles"], content["measured"]["tiles"] = tiles_as_json(tiles), evidence
+        write(out, content)
+        forms, evidence = tune_forms(run, base.with_entries_of(Table(tiles, {})))
+        content["forms"], content["measured"]["forms"] = forms_as_json(forms), evidence
+        write(out, content)
     print(f"{len(tiles)} tiles and {len(forms)} forms in {out}")
     if options.device == "cuda":
         tables.read_table(out, gpu)
