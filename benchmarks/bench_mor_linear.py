@@ -406,8 +406,9 @@ def plot(result: Result, path: Path) -> None:
         axis.set(yscale="log", xticks=range(len(cells)), xticklabels=[f"{cell['rows']:,} rows" for cell in cells])
         axis.set_title(f"{name} block, forward + backward, {launch}")
         axis.set_ylabel("time over the frozen linears'")
-        axis.margins(y=0.15)
-    axes[0][0].legend(fontsize=7)
+        axis.margins(y=0.25)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=7)
     setup = result["setup"]
     figure.suptitle(
         f"{setup['gpu']}, torch {setup['versions']['torch']}, {setup['dtype']}, commit {setup['git']['commit'][:12]}"

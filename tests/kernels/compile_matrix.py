@@ -14,9 +14,9 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from unittest import mock
@@ -29,7 +29,7 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mor_kernels import matmul_tail_tma, tables
-from mor_kernels.blocks import Blocks, default_tiles
+from mor_kernels.blocks import Blocks, TileKey, default_tiles
 from mor_kernels.branch import branch
 from mor_kernels.dy_side import dy_side
 from mor_kernels.matmul_tail import matmul_tail
@@ -145,6 +145,21 @@ def source(kernel: JITFunction, arguments: dict) -> ASTSource:
     return ASTSource(kernel, signature, constants, attributes)
 
 
+def entries_read(case: Case, rows: Iterable[int]) -> set[TileKey]:
+    """The keys of the table's tiles that this case's launches ask for."""
+    read = set()
+
+    class Noting(dict):
+        def __getitem__(self, key):
+            read.add(key)
+            return super().__getitem__(key)
+
+    noting = replace(case, table=Table(Noting(case.table.tiles), {}))
+    for row_count in rows:
+        launches(noting, row_count)
+    return read
+
+
 def compile_case(case: Case, rows: tuple[int, ...], forms: tuple[str, ...], kernels: set[str] | None) -> list[dict]:
     """What the compiler reports of each different kernel of this case."""
     seen, lines = set(), []
@@ -196,7 +211,8 @@ def trouble(line: dict) -> list[str]:
         large = line["kernel"].startswith("matmul_tail")
         found += ["no wgmma"] * (line["target"] == 90 and large and not line["wgmma"])
         found += ["no copy engine"] * (line["target"] == 90 and "tma" in line["kernel"] and not line["tma"])
-        found += ["no tensor core"] * (line["target"] < 90 and line["kernel"] != "sum_partials_kernel" and not line["mma"])
+        multiplies = line["kernel"] != "sum_partials_kernel"
+        found += ["no tensor core"] * (line["target"] < 90 and multiplies and not line["mma"])
     return found
 
 
@@ -209,7 +225,7 @@ def cases(targets, rank_sets, dtypes=DTYPES) -> Iterator[Case]:
 def with_persistent(case: Case, tile: Blocks) -> Case:
     every = {key: tile for key in case.table.tiles if key[0] == "matmul_tail"}
     table = case.table.with_entries_of(Table(every, {}))
-    return Case(case.target, "with a persistent tile", table, case.dtype, case.parameter_dtype, case.ranks)
+    return replace(case, source="with a persistent tile", table=table)
 
 
 def rank_set(text: str) -> tuple[int, ...]:
@@ -224,13 +240,19 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], help="of x")
     parser.add_argument("--forms", nargs="+", default=FUSED_FORMS, choices=FUSED_FORMS)
     parser.add_argument("--kernels", nargs="+", default=None)
-    parser.add_argument("--persistent", type=int, nargs=5, help="a matmul_tail_tma tile: rows inner columns warps stages")
+    parser.add_argument("--persistent", type=int, nargs=5, help="rows inner columns warps stages of matmul_tail_tma")
+    parser.add_argument("--list", action="store_true", help="compile nothing; print what is read of each table")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     options = parser.parse_args()
     wanted = [pair for pair in DTYPES if str(pair[0])[6:] in options.dtypes]
     chosen = list(cases(options.targets, options.ranks, wanted))
     if options.persistent:
         chosen = [with_persistent(case, Blocks(*options.persistent, persistent=True)) for case in chosen]
+    if options.list:
+        for case in chosen:
+            read = sorted(map(str, entries_read(case, options.rows)))
+            print(json.dumps({"target": case.target, "table": case.source, "read": read}))
+        return
     failures = 0
     with ProcessPoolExecutor(options.processes) as pool:
         kernels = set(options.kernels) if options.kernels else None
