@@ -215,15 +215,24 @@ def calls_of(layer: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Callable[[], 
     return dict(zip(MODES, (no_grad_forward, lambda: layer(x), backward, forward_backward), strict=True))
 
 
-def measure_linear(record: Result, layers: Mapping[str, nn.Module], x: Tensor, dy: Tensor, options: Any) -> None:
+def missing(record: Result, layers: Mapping[str, nn.Module], options: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """The modes and ways to launch in which somebody has neither a time nor a reason to have none."""
+    for mode, launch in product(options.modes, options.launches):
+        way = f"{mode}, {launch}"
+        settled = {*record["refused"], *record["times"].get(way, {}), *record["not_measured"].get(way, {})}
+        if not {"frozen", *options.providers} & layers.keys() <= settled:
+            yield mode, launch
+
+
+def measure_linear(
+    record: Result, layers: Mapping[str, nn.Module], x: Tensor, dy: Tensor, options: argparse.Namespace
+) -> None:
     """Add times and peak memory to the record of one linear, for what is not in it yet."""
     timed = [name for name in layers if name == "frozen" or name in options.providers]
     timed = [name for name in timed if name not in record["refused"]]
-    for mode, launch in product(options.modes, options.launches):
+    for mode, launch in list(missing(record, layers, options)):
         way = f"{mode}, {launch}"
         times, not_measured = record["times"].setdefault(way, {}), record["not_measured"].setdefault(way, {})
-        if "frozen" not in timed or set(timed) <= times.keys() | not_measured.keys():
-            continue
         ready = {}
         for name in timed:
             call = calls_of(layers[name], x, dy)[mode]
@@ -460,13 +469,20 @@ def begin(options: argparse.Namespace, path: Path | None) -> Result:
     if not (options.resume and path and path.exists()):
         return fresh
     known = json.loads(path.read_text())
-    for field, value in fresh["setup"].items():
-        if field != "cores" and json.loads(json.dumps(value)) != known["setup"].get(field):
+    here, there = _identity(fresh["setup"]), _identity(known["setup"])
+    for field, value in here.items():
+        if value != there.get(field):
             raise SystemExit(
-                f"--resume: {path} was measured with {field} {known['setup'].get(field)!r}, this is {value!r}; "
+                f"--resume: {path} was measured with {field} {there.get(field)!r}, this is {value!r}; "
                 "move it away, or leave --resume out to replace it"
             )
     return known
+
+
+def _identity(setup: Result) -> Result:
+    """What must be the same for two runs to share a file; not what lies beside the code, such as the file itself."""
+    git = {field: value for field, value in setup["git"].items() if field != "tree_changed"}
+    return json.loads(json.dumps({**setup, "git": git}))
 
 
 @contextmanager
@@ -502,6 +518,7 @@ def main(arguments: Sequence[str] | None = None) -> Result:
                 measure_cell(result, block, linear, rows, built[block, linear], options)
                 summarise(result)
                 save(result, path)
+    summarise(result)
     print(report(result))
     if path:
         plot(result, path)
@@ -528,6 +545,8 @@ def measure_cell(
         ]  # fmt: skip
         result["linears"] += records
     (record,) = records
+    if not list(missing(record, layers, options)):
+        return
     draws, runs = (16, 10) if options.device == "cuda" else (8, 2)
     for field, found in check(layers, inputs, draws, runs).items():
         record[field] |= found

@@ -6,12 +6,15 @@ Triton reads TRITON_INTERPRET when it is imported and when a kernel is defined, 
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 if not torch.cuda.is_available() and "mor_kernels" not in sys.modules:
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+sys.path.insert(0, str(Path(__file__).parent))  # for mor_problem.py, beside this
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
