@@ -547,7 +547,7 @@ def measure_cell(
     (record,) = records
     if not list(missing(record, layers, options)):
         return
-    draws, runs = (16, 10) if options.device == "cuda" else (4, 2)
+    draws, runs = (16, 10) if options.device == "cuda" else (8, 2)
     for field, found in check(layers, inputs, draws, runs).items():
         record[field] |= found
     record["providers"] = [name for name in NAMES if name in {*record["providers"], *layers}]

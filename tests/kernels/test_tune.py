@@ -1,11 +1,12 @@
 """The command that measures a card, tried where there is none: its reference, its judgement, and the whole of it."""
 
+import doctest
 import json
 
 import pytest
 import torch
 
-from mor_kernels import measure, tables, tune
+from mor_kernels import measure, reference, tables, tune
 from mor_kernels.blocks import Blocks
 from mor_kernels.reference import TOLERANCE, draw, error, exact, red
 from mor_kernels.tables import Table
@@ -169,6 +170,12 @@ def test_calls_take_turns_in_a_shuffled_order():
     assert all(len(t) == 20 and min(t) > 0 for t in times.values())
     rounds = [tuple(order[i : i + 3]) for i in range(3, len(order), 3)]
     assert all(sorted(r) == ["a", "b", "c"] for r in rounds) and len(set(rounds)) > 2
+
+
+@pytest.mark.parametrize("module", [measure, reference, tables, tune])
+def test_examples(module):
+    result = doctest.testmod(module)
+    assert result.failed == 0 < result.attempted
 
 
 @pytest.mark.parametrize(

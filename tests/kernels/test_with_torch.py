@@ -39,7 +39,7 @@ def gradients(layer: Layer, x: Tensor, dy: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("form", FORMS)
 def test_gradcheck(form, device):
     """By finite differences, in fp32: the kernels have no fp64. The step is wide and the function nearly linear, so
-    what is left is 1e-3; test_mor_linear.py holds every gradient against float64 to 2e-6. Also shows that two
+    what is left is small; test_mor_linear.py holds every gradient against float64 to 2e-6. Also shows that two
     backwards give the same bits (nondet_tol)."""
     problem = Problem(5, 8, 6, ranks=(1, 2), device=device)
     tensors = leaves(problem)
@@ -50,7 +50,7 @@ def test_gradcheck(form, device):
         return mor_kernels.mor_linear(x, tensors["weight"], tensors["bias"], *parameters, **options)
 
     with pytest.warns(UserWarning, match="not a double precision"):
-        torch.autograd.gradcheck(function, arguments, eps=1e-2, atol=1e-3, rtol=1e-3, nondet_tol=0.0, fast_mode=True)
+        torch.autograd.gradcheck(function, arguments, eps=1e-2, atol=1e-4, rtol=1e-3, nondet_tol=0.0)
 
 
 def test_the_definition_that_all_is_held_against_passes_gradcheck():
