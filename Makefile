@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test slow check bench zoo clean
+.PHONY: demo test slow check bench zoo kernels-aot kernels-gpu clean
 
 demo: $(VENV)/.installed
 	$(BIN)/ei demo
@@ -28,6 +28,15 @@ bench: $(VENV)/.installed
 zoo: $(VENV)/.installed
 	$(BIN)/python -W ignore tests/mor/zoo.py --write
 
+# Every shipped tile, compiled for five chips; needs no GPU and takes some minutes.
+kernels-aot: $(VENV)/.installed
+	PYTHONPATH=kernels $(BIN)/python tests/kernels/compile_matrix.py > compile_matrix.jsonl
+
+# What only a card can show: the tests, then the whole comparison.
+kernels-gpu: $(VENV)/.installed
+	$(BIN)/python -m pytest -m gpu tests/kernels
+	$(BIN)/python benchmarks/bench_mor_linear.py
+
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit('Python 3.11 or newer is needed, this is ' + sys.version if sys.version_info < (3, 11) else 0)"
 	$(PYTHON) -m venv $(VENV)
@@ -35,4 +44,4 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis runs
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis runs compile_matrix.jsonl

@@ -15,32 +15,27 @@ Shapes: T rows (all tokens), K in, O out.
 import argparse
 import json
 import os
-import platform
 import random
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import harness
 import numpy as np
-import peft
 import torch
-import torch.nn.functional as F
+from harness import LORA_RANK, Errors, draw_inputs, kept_bytes
 from torch import Tensor, nn
 
-import mor
 from mor import MoRConfig, MoRLinear
 
 LAYERS = {"fc1": (768, 3072), "fc2": (3072, 768), "qkv": (768, 2304), "proj": (768, 768)}  # ViT-B: (K, O)
 MODES = ("forward", "forward_backward")
-LORA_RANK, LORA_ALPHA = 8, 16
 TOLERANCE = 1e-5  # |got - expected| / |expected|, Frobenius, in fp32
 WARM_UP_ROUNDS = 2
 
 Times = dict[str, dict[str, np.ndarray]]  # seconds of CPU by provider and mode, (rounds,)
-Errors = dict[str, dict[str, float]]  # relative error by provider and tensor
 
 
 class Target(NamedTuple):
@@ -64,6 +59,13 @@ NAMES = {
     "mor": "MoR (default)",
     "mor_eager": "MoR, loop over experts",
     "peft_lora": f"peft LoRA r={LORA_RANK}",
+}
+
+EXPECTED = {
+    "frozen": harness.expected_frozen,
+    "mor": harness.expected_mor,
+    "mor_eager": harness.expected_mor,
+    "peft_lora": harness.expected_lora,
 }
 
 
@@ -94,12 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def measure(rows: int, rounds: int) -> dict[str, Any]:
     """Everything that is stored: the set-up, each layer's errors, bytes, times and ratios, and the targets."""
     setup = {
-        "versions": {name: module.__version__ for name, module in (("torch", torch), ("peft", peft), ("numpy", np))},
-        "python": platform.python_version(),
-        "cpu": _cpu_model(),
-        "cores": os.cpu_count(),
+        **harness.setup(("torch", "peft", "numpy")),
         "threads": torch.get_num_threads(),
-        "git": _git_state(),
         "dtype": "float32",
         "rows": rows,
         "rounds": rounds,
@@ -137,43 +135,24 @@ def measure(rows: int, rounds: int) -> dict[str, Any]:
 
 
 def build_layers(in_features: int, out_features: int) -> dict[str, nn.Module]:
-    """The frozen linear and what is built around it; B is drawn, since the zeros that B starts from hide errors."""
-    torch.manual_seed(0)
-    base = nn.Linear(in_features, out_features).requires_grad_(False)
-    default, eager = MoRLinear(base, MoRConfig()), MoRLinear(base, MoRConfig(), backend="eager")
-    nn.init.normal_(default.mor_B, std=0.02)
-    eager.load_state_dict(default.state_dict())
-
-    config = peft.LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules=["0"])
-    wrapped: Any = peft.get_peft_model(nn.Sequential(base), config)
-    lora = wrapped.base_model.model[0]  # the layer without the model around it
-    nn.init.normal_(lora.lora_B["default"].weight, std=0.02)
-    return {"frozen": base, "mor": default, "mor_eager": eager, "peft_lora": lora}
+    """The frozen linear and what is built around it."""
+    base = harness.frozen_linear(in_features, out_features)
+    config = MoRConfig()
+    layers = harness.mor_layers(
+        {"mor": lambda: MoRLinear(base, config), "mor_eager": lambda: MoRLinear(base, config, backend="eager")}
+    )
+    return {"frozen": base, **layers, "peft_lora": harness.lora_layer(base)}
 
 
-def draw_inputs(rows: int, in_features: int, out_features: int) -> tuple[Tensor, Tensor]:
-    """x (T, K), which requires grad, and the gradient of the output, (T, O)."""
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(rows, in_features, generator=generator).requires_grad_()
-    return x, torch.randn(rows, out_features, generator=generator)
+def accuracy(providers: dict[str, nn.Module], x: Tensor, dy: Tensor) -> dict[str, Errors]:
+    """Relative errors by provider and tensor."""
+    return {
+        name: harness.errors_of(layer, x, dy, harness.exact(EXPECTED[name], layer, x, dy))
+        for name, layer in providers.items()
+    }
 
 
-def accuracy(providers: dict[str, nn.Module], x: Tensor, dy: Tensor) -> Errors:
-    """|got - expected| / |expected| of the output and of every gradient, the expected ones in float64."""
-    errors = {}
-    for provider, layer in providers.items():
-        parameters: dict[str, Tensor] = dict(layer.named_parameters())
-        got = _output_and_gradients(layer, x, dy, parameters)
-        wide = {name: p.detach().double().requires_grad_(p.requires_grad) for name, p in parameters.items()}
-        wide_x = x.detach().double().requires_grad_()
-        expected = _output_and_gradients(EXPECTED[provider](wide), wide_x, dy.double(), wide)
-        errors[provider] = {
-            name: ((got[name].double() - tensor).norm() / tensor.norm()).item() for name, tensor in expected.items()
-        }
-    return errors
-
-
-def check_accuracy(errors: dict[str, Errors]) -> None:
+def check_accuracy(errors: dict[str, dict[str, Errors]]) -> None:
     """Stop with a sentence for each tensor that is off, before any time is taken."""
     red = [
         f"{layer}, {NAMES[provider]}: {tensor} is off by {error:.1e} relative to float64, tolerance {TOLERANCE:.0e}"
@@ -211,22 +190,6 @@ def time_once(layer: nn.Module, x: Tensor, dy: Tensor) -> dict[str, float]:
     return {"forward": middle - start, "forward_backward": time.thread_time() - start}
 
 
-def kept_bytes(layer: nn.Module, x: Tensor) -> int:
-    """Bytes that forward keeps for backward, besides x and the parameters."""
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        layer(x)
-    for tensor in (x, *layer.parameters()):
-        kept.pop(tensor.untyped_storage().data_ptr(), None)
-    return sum(kept.values())
-
-
 def judge(target: Target, times: Times) -> dict[str, Any]:
     """The target's fields, its median over the rounds, and whether it is met."""
     median = float(np.median(_ratio(times, "mor", target.rival, target.mode)))
@@ -242,7 +205,7 @@ def report(result: dict[str, Any]) -> str:
         "CPU time divided by that of the frozen linear in the same round: median (20 % quantile, 80 % quantile).",
         "",
         f"{result['cpu']}, torch {versions['torch']}, peft {versions['peft']}, commit {git['commit'][:12]}"
-        f"{' with changes to mor' if git['mor_changed'] else ''}. "
+        f"{' with changes to mor' if git['code_changed'] else ''}. "
         f"Load average {before:.1f} before and {after:.1f} after, on {result['cores']} cores"
         # The benchmark itself is a load of one.
         f"{': the machine was busy with other work' if max(before, after) > 1.5 else ''}.",
@@ -280,78 +243,6 @@ def _quantiles(values: np.ndarray) -> dict[str, float]:
 
 def _spread(quantiles: dict[str, float]) -> str:
     return f"{quantiles['median']:.3f} ({quantiles['q20']:.3f}, {quantiles['q80']:.3f})"
-
-
-def _output_and_gradients(
-    layer: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor, parameters: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    trained = {"x": x, **{name: tensor for name, tensor in parameters.items() if tensor.requires_grad}}
-    y = layer(x)
-    gradients = torch.autograd.grad(y, list(trained.values()), dy)
-    return {"output": y.detach(), **{f"gradient of {name}": g for name, g in zip(trained, gradients, strict=True)}}
-
-
-# What each provider has to compute, from its parameters by name.
-
-
-def _expected_mor(p: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
-    config = MoRConfig()
-
-    def layer(x: Tensor) -> Tensor:
-        y = F.linear(x, p["base.weight"], p["base.bias"])
-        gates = F.linear(x, p["mor_router.weight"], p["mor_router.bias"]).softmax(-1)
-        experts = zip(p["mor_A"].split(config.ranks), p["mor_B"].split(config.ranks), config.scaling, strict=True)
-        for i, (A, B, scale) in enumerate(experts):
-            y = y + gates[:, i, None] * scale * (x @ A.T @ B)
-        return y
-
-    return layer
-
-
-def _expected_lora(p: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
-    A, B = p["lora_A.default.weight"], p["lora_B.default.weight"]
-    scale = LORA_ALPHA / LORA_RANK
-    return lambda x: F.linear(x, p["base_layer.weight"], p["base_layer.bias"]) + scale * (x @ A.T @ B.T)
-
-
-def _expected_frozen(p: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
-    return lambda x: F.linear(x, p["weight"], p["bias"])
-
-
-EXPECTED = {
-    "frozen": _expected_frozen,
-    "mor": _expected_mor,
-    "mor_eager": _expected_mor,
-    "peft_lora": _expected_lora,
-}
-
-
-def _cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _git_state() -> dict[str, Any]:
-    """The commit of the mor that is measured, and whether it, or anything beside it, differs from that commit."""
-    # An installed copy is in no commit, though it may lie below a repository.
-    if _git("ls-files", "--error-unmatch", "__init__.py") is None:
-        return {"commit": "unknown", "mor_changed": None, "tree_changed": None}
-    return {
-        "commit": _git("rev-parse", "HEAD"),
-        "mor_changed": bool(_git("status", "--porcelain", "--", ".")),
-        "tree_changed": bool(_git("status", "--porcelain")),
-    }
-
-
-def _git(*arguments: str) -> str | None:
-    folder = Path(mor.__file__).parent
-    try:
-        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
 
 
 if __name__ == "__main__":

@@ -26,10 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import quantiles, setup
+from harness import cpu_model, setup
 from torch import Tensor, nn
 
+import ei
 import mor
+import mor_kernels
 from ei.compilation import compile_backbones
 from ei.config import Config, DataConfig, ModelConfig, TrainConfig
 from ei.data.sample import Batch
@@ -37,7 +39,10 @@ from ei.losses import loss_terms
 from ei.models import Backbone, build_model, load_backbone
 from ei.runtime import arithmetic, choose_device, narrow_frozen
 from ei.training import make_optimizer, train_step
+from mor_kernels.measure import quantiles
 
+PACKAGES = ("torch", "triton", "timm")
+CODE = [Path(package.__file__).parent for package in (mor, mor_kernels, ei)]
 MODALITIES = ("fundus", "oct")
 CLASSES = 4
 VARIANTS = ("frozen", "eager", "concat", "triton")
@@ -82,7 +87,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     trunk = load_backbone(config.model, options.size)
     batch = random_batch(options.batch, options.size).to(device)
     result: dict[str, Any] = {
-        **setup(device),
+        "device": device.type,
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model(),
+        **setup(PACKAGES, CODE),
         "backbone": options.backbone,
         "image_size": options.size,
         "batch": options.batch,
@@ -218,7 +225,7 @@ def kernel_share(step: Callable[[], None], seconds: float) -> float:
 
 def report(result: dict[str, Any]) -> str:
     """The set-up in a sentence, and a table in Markdown."""
-    frozen = {m["compile"]: m["step_ms"]["median"] for m in result["measurements"] if m["variant"] == "frozen"}
+    frozen = {m["compile"]: m["step_ms"][0] for m in result["measurements"] if m["variant"] == "frozen"}
     versions = result["versions"]
     lines = [
         f"{result['device_name']}, torch {versions['torch']}, triton {versions['triton']}, commit"
@@ -229,12 +236,12 @@ def report(result: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for m in result["measurements"]:
-        q, base, share = m["step_ms"], frozen.get(m["compile"]), m["kernel_share"]
+        (median, low, high), base, share = m["step_ms"], frozen.get(m["compile"]), m["kernel_share"]
         cells = [
             m["variant"],
             m["compile"],
-            f"{q['median']:.1f} ({q['q20']:.1f}, {q['q80']:.1f})",
-            f"{q['median'] / base:.2f}" if base else "-",
+            f"{median:.1f} ({low:.1f}, {high:.1f})",
+            f"{median / base:.2f}" if base else "-",
             f"{m['images_per_second']:.0f}",
             gibibytes(m),
             f"{share:.2f}" if share else "-",

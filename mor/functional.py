@@ -86,6 +86,7 @@ def mor_linear(
         columns=len(A) + (0 if router_weight is None else len(router_weight)),
         trains_base=weight.requires_grad or (bias is not None and bias.requires_grad),
         has_expert_input=expert_input is not None,
+        shape=(x.shape[:-1].numel(), *weight.shape),
     )
     if backend == "triton":
         parameters = (A, B, router_weight, router_bias)  # cast inside the kernels, where that costs nothing
@@ -143,6 +144,7 @@ def choose_backend(
     columns: int,
     trains_base: bool = False,
     has_expert_input: bool = False,
+    shape: tuple[int, int, int] | None = None,
 ) -> str:
     """The backend that a call uses: what "auto" stands for, or the one named, if it can serve.
 
@@ -151,6 +153,7 @@ def choose_backend(
         columns: Sum of ranks plus router outputs.
         trains_base: W or b wants a gradient.
         has_expert_input: The experts read another input than the router.
+        shape: (T, O, K); "auto" then also heeds what was measured on this card.
 
     Raises:
         ValueError: the backend is unknown, or "triton" cannot serve; the message says why.
@@ -164,7 +167,13 @@ def choose_backend(
     lacks = _triton_lacks(device, dtype, columns, trains_base, has_expert_input)
     if lacks and backend == "triton":
         raise ValueError(f"backend 'triton' needs {lacks}; 'auto' takes 'concat' there")
-    return "concat" if lacks else "triton"
+    if lacks:
+        return "concat"
+    if backend == "auto" and shape is not None:
+        rows, out_features, in_features = shape
+        if _kernels().prefers_library(device, dtype, in_features, out_features, rows):
+            return "concat"
+    return "triton"
 
 
 def _triton_lacks(

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from mor_kernels.tables import prefers_library
+
 try:
     from mor_kernels.linear import MAX_COLUMNS, mor_linear
     from mor_kernels.ranks import INTERPRETED
@@ -25,7 +27,7 @@ except ModuleNotFoundError as error:
         raise RuntimeError("mor_kernels.mor_linear needs triton, which is not installed; use mor.mor_linear")
 
 
-__all__ = ["MAX_COLUMNS", "is_available", "mor_linear"]
+__all__ = ["MAX_COLUMNS", "is_available", "mor_linear", "prefers_library"]
 
 
 def is_available(device: torch.device | None = None) -> bool:

@@ -1,21 +1,32 @@
-"""Tile shapes and the form of the operator, from small tables that ship with the package.
+"""Tiles: what a tile is, the ones that suit any card, and which kind of problem a call is.
 
 There is no autotuner. Nothing is timed at run time, so nothing can happen inside a graph capture, the same call
-runs the same program every time, and a number of rows never seen before compiles nothing new. README.md says
-which entries have been measured and which were only compiled.
+runs the same program every time, and a number of rows never seen before compiles nothing new. What was measured on
+one card stands in `tables.py`; README.md says what that is so far.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-SMALL_ROWS = 4096  # below this many rows a kernel is short of programs rather than of bandwidth
+# A call falls into the bucket of the first limit above its number of rows, and of None beyond the last: 1,576 tokens
+# (8 images of 197), 6,288 (8 of 786), 12,608 (64 of 197) and 65,536 fall into one each.
+ROW_LIMITS = (4096, 8192, 32768)
+ROW_BUCKETS = (*ROW_LIMITS, None)
+FEW_ROWS = ROW_LIMITS[0]  # below this many rows a kernel is short of programs rather than of bandwidth
+
+KINDS = ("16-bit", "fp32")
+KERNELS = ("shrink", "branch", "dy_side", "weight_grad", "matmul_tail")
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """One tile: `rows` x `columns` of the result, `inner` steps of the summed side, two compiler options."""
+    """One tile: `rows` x `columns` of the result, `inner` steps of the summed side, two compiler options.
+
+    weight_grad sums over rows: its `inner` counts rows, and it has no `rows`. shrink has no `columns`.
+    """
 
     rows: int
     inner: int
@@ -30,15 +41,16 @@ class Blocks:
         return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
 
-# (kernel, kind of problem) is the tile for any card, (kernel, kind, capability) replaces it on one. Kinds: "few" and
-# "many" rows of 16-bit elements, and "fp32". weight_grad sums over rows: its `inner` counts rows.
-TABLE: dict[tuple, Blocks] = {
+TileKey = tuple[str, str, int | None]  # kernel, kind of elements, row bucket
+
+# (kernel, kind of problem) is the tile for any card, (kernel, kind, capability) replaces it on one.
+DEFAULTS: dict[tuple, Blocks] = {
     ("shrink", "few"): Blocks(rows=16, inner=256),
     ("shrink", "many"): Blocks(rows=64, inner=128),
     ("shrink", "fp32"): Blocks(rows=32, inner=64),
     ("branch", "few"): Blocks(rows=16, inner=256, columns=256),
     ("branch", "many"): Blocks(rows=64, inner=128, columns=128),
-    ("branch", "fp32"): Blocks(rows=32, inner=64, columns=64),
+    ("branch", "fp32"): Blocks(rows=32, inner=64, columns=64, warps=8),
     ("dy_side", "few"): Blocks(rows=16, inner=256, columns=256),
     ("dy_side", "many"): Blocks(rows=64, inner=128, columns=128),
     ("dy_side", "fp32"): Blocks(rows=32, inner=64, columns=64),
@@ -48,47 +60,43 @@ TABLE: dict[tuple, Blocks] = {
     ("matmul_tail", "few"): Blocks(rows=64, inner=64, columns=128),
     ("matmul_tail", "many"): Blocks(rows=128, inner=64, columns=128, warps=8),
     ("matmul_tail", "fp32"): Blocks(rows=64, inner=16, columns=64, warps=8),
+    ("dy_side", "many", (10, 0)): Blocks(rows=64, inner=128, columns=64),
     ("matmul_tail", "few", (9, 0)): Blocks(rows=128, inner=64, columns=128, stages=4),
     ("matmul_tail", "many", (9, 0)): Blocks(rows=128, inner=64, columns=256, warps=8),
 }
 
-# (capability, dtype, K, O, "few" or "many" rows) -> form, where a measurement has shown the winner. None has yet.
-FORMS: dict[tuple, str] = {}
+
+def default_tiles(capability: tuple[int, int] | None) -> Mapping[TileKey, Blocks]:
+    """A tile for every kernel, kind and bucket on a card of this compute capability; None stands for no card."""
+    tiles: dict[TileKey, Blocks] = {}
+    for kernel in KERNELS:
+        for kind in KINDS:
+            for bucket in ROW_BUCKETS:
+                problem = "fp32" if kind == "fp32" else "few" if bucket == FEW_ROWS else "many"
+                key = (kernel, problem, capability)
+                tiles[kernel, kind, bucket] = DEFAULTS.get(key, DEFAULTS[kernel, problem])
+    return tiles
 
 
-def capability(device: torch.device) -> tuple[int, int] | None:
-    """Compute capability of the card; None in the interpreter."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+def row_bucket(rows: int) -> int | None:
+    """The first of ROW_LIMITS that is above `rows`; None beyond the last.
+
+    Plain comparisons: torch.compile turns them into guards on a symbolic number of rows.
+    """
+    for limit in ROW_LIMITS:
+        if rows < limit:
+            return limit
+    return None
+
+
+def kind(dtype: torch.dtype) -> str:
+    """fp16 and bf16 share their tiles."""
+    return "fp32" if dtype.itemsize == 4 else "16-bit"
 
 
 def multiprocessors(device: torch.device) -> int:
     """How many programs of a persistent kernel run at once."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
-
-
-def kind(x: Tensor) -> str:
-    """Which entries of the table x (T, ...) falls under."""
-    if x.element_size() == 4:
-        return "fp32"
-    return "few" if x.shape[0] < SMALL_ROWS else "many"
-
-
-def choose(kernel: str, x: Tensor, rank_columns: int = 0) -> Blocks:
-    """The tile for this kernel on x (T, ...)'s card, dtype and number of rows.
-
-    A wide rank side (over 32 columns) halves the tile's other two sides, or it would not fit the smaller chips.
-    """
-    key = (kernel, kind(x))
-    blocks = TABLE.get((*key, capability(x.device)), TABLE[key])
-    if rank_columns > 32:
-        blocks = replace(blocks, inner=blocks.inner // 2, columns=blocks.columns // 2)
-    return blocks
-
-
-def choose_form(x: Tensor, columns: int) -> str:
-    """The form measured to win for x (T, K) and O columns on this card; elsewhere "branch", which leaves the large
-    GEMM to the library."""
-    return FORMS.get((capability(x.device), x.dtype, x.shape[1], columns, kind(x)), "branch")
 
 
 def precision(x: Tensor) -> str:

@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mor_kernels.blocks import choose_form
 from mor_kernels.branch import branch
 from mor_kernels.dy_side import dy_side
 from mor_kernels.matmul_tail import matmul_tail
 from mor_kernels.ranks import INTERPRETED, rank_layout
 from mor_kernels.shrink import shrink
+from mor_kernels.tables import FUSED_FORMS, choose_forms
 from mor_kernels.weight_grad import sum_partials, x_partials
 
 MAX_COLUMNS = 64  # sum of ranks + router outputs
-FORMS = ("auto", "branch", "tail")
+FORMS = ("auto", *FUSED_FORMS)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -66,7 +66,7 @@ def linear_forward(
     x = _rows(x)
     a, b, bias, router_weight, router_bias = _contiguous(a, b, bias, router_weight, router_bias)
     if form == "auto":
-        form = choose_form(x, weight.shape[0])
+        form = choose_forms(x, weight.shape[0]).forward
     with _on(x.device):
         if form == "branch":
             branch(x, a, router_weight, router_bias, b, bias, layout, y, h, gates)
@@ -103,7 +103,7 @@ def linear_backward(
     rows, dy = _rows(x), _rows(dy)
     a, b, router_weight, h, gates = _contiguous(a, b, router_weight, h, gates)
     if form == "auto":
-        form = choose_form(rows, weight.shape[0])
+        form = choose_forms(rows, weight.shape[0]).backward
     with _on(x.device):
         branch_dx = dx if with_dx and form == "branch" else None
         dz, partial_b, partial_bias = dy_side(

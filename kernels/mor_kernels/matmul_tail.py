@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mor_kernels.blocks import choose, precision
+from mor_kernels.blocks import precision
 from mor_kernels.matmul_tail_tma import can_use, matmul_tail_tma
 from mor_kernels.ranks import dot, load_stacked, load_tile, store_tile
+from mor_kernels.tables import choose
 
 
 @triton.jit(do_not_specialize=["T"])

@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mor_kernels.blocks import choose, precision
+from mor_kernels.blocks import precision
 from mor_kernels.ranks import RankLayout, gate_and_save, rank_product, store_tile
+from mor_kernels.tables import choose
 
 
 @triton.jit(do_not_specialize=["T"])

@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mor_kernels.blocks import choose, precision, slice_rows
+from mor_kernels.blocks import precision, slice_rows
 from mor_kernels.ranks import RankLayout, dot, load_tile, power_of_two, saved_factor, store_tile
+from mor_kernels.tables import choose
 
 
 @triton.jit

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -11,18 +13,21 @@ import torch
 from torch import Tensor
 
 import mor
+from mor_kernels.measure import git_state
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "bench_mor_linear_cpu.py"
 
 
 @pytest.fixture(scope="module")
-def bench() -> ModuleType:
+def bench() -> Iterator[ModuleType]:
     pytest.importorskip("peft")
+    sys.path.insert(0, str(SCRIPT.parent))  # as for a script
     spec = importlib.util.spec_from_file_location("bench_mor_linear_cpu", SCRIPT)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module
+    yield module
+    sys.path.remove(str(SCRIPT.parent))
 
 
 def test_writes_every_layer_and_judges_every_target(
@@ -118,11 +123,9 @@ def test_a_target_is_judged_by_the_ratios_within_rounds(bench: ModuleType) -> No
     assert not bench.judge(bench.Target("fc2", "forward", "peft_lora", 0.99), times)["met"]
 
 
-def test_a_mor_outside_the_repository_has_no_commit(
-    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(mor, "__file__", str(tmp_path / "__init__.py"))
-    assert bench._git_state() == {"commit": "unknown", "mor_changed": None, "tree_changed": None}
+def test_a_mor_outside_the_repository_has_no_commit(tmp_path: Path) -> None:
+    unknown = {"commit": "unknown", "code_changed": None, "tree_changed": None}
+    assert git_state([tmp_path]) == unknown
 
 
 def test_refuses_zero_rounds(bench: ModuleType, capsys: pytest.CaptureFixture) -> None:

@@ -6,12 +6,15 @@ Triton reads TRITON_INTERPRET when it is imported and when a kernel is defined, 
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 if not torch.cuda.is_available() and "mor_kernels" not in sys.modules:
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+sys.path.insert(0, str(Path(__file__).parent))  # for mor_problem.py, beside this
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -65,12 +68,12 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(params=["shipped tiles", "smallest tiles"])
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Once with the tiles that ship, once with 16 x 16 x 16 ones, so that small sizes still make many tiles."""
-    from mor_kernels import blocks
+    from mor_kernels import blocks, tables
 
     if request.param == "smallest tiles":
         tiny = blocks.Blocks(rows=16, inner=16, columns=16)
-        monkeypatch.setattr(blocks, "TABLE", dict.fromkeys(blocks.TABLE, tiny))
-        monkeypatch.setattr(blocks, "choose", lambda kernel, x, rank_columns=0: tiny)
+        table = tables.Table(dict.fromkeys(blocks.default_tiles(None), tiny), {})
+        monkeypatch.setattr(tables, "table_of", lambda device: table)
     return request.param
 
 

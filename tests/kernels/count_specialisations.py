@@ -4,16 +4,19 @@ A stand-in driver says that an sm_90 card is there; Triton's own launch code the
 and a backward, and is stopped before it compiles. test_ahead_of_time.py runs this in its own process.
 """
 
+import json
+from dataclasses import replace
+
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 import mor_kernels.linear
-from mor_kernels import mor_linear
-from mor_kernels.blocks import SMALL_ROWS
+from mor_kernels import mor_linear, tables
+from mor_kernels.blocks import ROW_BUCKETS, ROW_LIMITS, default_tiles
 
-WIDTH, OUT = 768, 256
+WIDTH, OUT = 64, 32
 made: set[tuple[str, str]] = set()
 launch = JITFunction.run
 
@@ -38,7 +41,7 @@ def count(rows: int, ranks: tuple[int, ...], bypass: bool) -> int:
     """Distinct kernels seen so far, after a forward and a backward in both forms."""
 
     def leaf(*shape: int) -> torch.Tensor:
-        return torch.zeros(*shape, dtype=torch.bfloat16, requires_grad=True)
+        return torch.empty(*shape, dtype=torch.bfloat16, requires_grad=True)
 
     gates = len(ranks) + 1 if bypass else 0
     router = (leaf(gates, WIDTH), leaf(gates)) if gates else (None, None)
@@ -58,7 +61,12 @@ if __name__ == "__main__":
     triton.knobs.runtime.jit_cache_hook = remember
     JITFunction.run = lambda self, *args, warmup, **kwargs: launch(self, *args, warmup=True, **kwargs)
     mor_kernels.linear.INTERPRETED = True  # only so that CPU tensors are let in; nothing runs
-    for ranks, bypass in (((2, 4, 8), True), ((4,), False)):
-        for rows in (1576, SMALL_ROWS + 904, 1, 16, 17, 1000, SMALL_ROWS - 1, SMALL_ROWS, SMALL_ROWS + 1, 6288):
-            print(count(rows, ranks, bypass), end=" ")
-        print()
+    one_each = {key: replace(tile, stages=1 + ROW_BUCKETS.index(key[2])) for key, tile in default_tiles((9, 0)).items()}
+    for name, tiles in (("defaults", default_tiles((9, 0))), ("a tile for each bucket", one_each)):
+        table = tables.Table(tiles, {})
+        tables.table_of = lambda device, table=table: table
+        for ranks, bypass in (((2, 4, 8), True), ((4,), False)):
+            made.clear()
+            warm = (1576, *(limit + 904 for limit in ROW_LIMITS))
+            later = (1, 16, 17, 1000, *(limit + d for limit in ROW_LIMITS for d in (-1, 0, 1)), 65536)
+            print(json.dumps([name, *(count(rows, ranks, bypass) for rows in (*warm, *later))]))

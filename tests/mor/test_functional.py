@@ -378,7 +378,11 @@ LACKS = [
 @pytest.fixture(params=["sm_80"])
 def cuda_with_kernels(request, monkeypatch):
     """As if a CUDA device were there; the kernels run on it unless it is too old."""
-    kernels = SimpleNamespace(MAX_COLUMNS=64, is_available=lambda device: request.param == "sm_80")
+    kernels = SimpleNamespace(
+        MAX_COLUMNS=64,
+        is_available=lambda device: request.param == "sm_80",
+        prefers_library=lambda device, dtype, K, O, rows: (K, O) == (768, 3072) and rows < 4096,
+    )
     monkeypatch.setattr(functional, "_kernels", lambda: kernels)
     functional._cached_availability.cache_clear()
     yield
@@ -398,6 +402,14 @@ def test_auto_is_triton_on_cuda():
     assert chosen() == "triton"
     assert chosen("concat") == "concat"
     assert chosen("eager") == "eager"
+
+
+@pytest.mark.usefixtures("cuda_with_kernels")
+def test_auto_heeds_what_was_measured():
+    assert chosen(shape=(1576, 3072, 768)) == "concat"
+    assert chosen(shape=(6288, 3072, 768)) == "triton"
+    assert chosen(shape=(1576, 768, 3072)) == "triton"
+    assert chosen("triton", shape=(1576, 3072, 768)) == "triton"
 
 
 @pytest.mark.usefixtures("cuda_with_kernels")
