@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test slow check bench zoo kernels-aot kernels-gpu clean
+.PHONY: demo test slow check bench zoo faults kernels-aot kernels-gpu clean
 
 demo: $(VENV)/.installed
 	$(BIN)/ei demo
@@ -27,6 +27,10 @@ bench: $(VENV)/.installed
 
 zoo: $(VENV)/.installed
 	$(BIN)/python -W ignore tests/mor/zoo.py --write
+
+# Everything that breaks something on purpose, with a hundred kills; about half an hour.
+faults: $(VENV)/.installed
+	EI_KILLS=100 $(BIN)/python -m pytest -m fault --fault-table docs/faults.md
 
 # Every shipped tile, compiled for five chips; needs no GPU and takes some minutes.
 kernels-aot: $(VENV)/.installed

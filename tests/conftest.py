@@ -1,6 +1,8 @@
-"""What every test shares: no network, a fixed seed, and a small Vision Transformer."""
+"""What every test shares: no network, a fixed seed, and a small Vision Transformer; and the table of faults."""
 
 import os
+from collections import defaultdict
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -31,3 +33,38 @@ def vit() -> nn.Module:
 @pytest.fixture
 def images() -> torch.Tensor:
     return torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fault-table", type=Path, help="write what tests marked as faults injected, and what came of it")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[FAULTS] = defaultdict(lambda: defaultdict(int))
+
+
+FAULTS = pytest.StashKey[dict[tuple[str, str], dict[str, int]]]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
+    report = yield
+    mark = item.get_closest_marker("fault")
+    if mark and (report.when == "call" or report.outcome != "passed"):
+        injected, expected = mark.args
+        # One test may inject a fault many times.
+        times = dict(item.user_properties).get("times", 1)
+        item.config.stash[FAULTS][injected, expected][report.outcome] += times
+    return report
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    path = session.config.getoption("--fault-table")
+    if not path:
+        return
+    lines = ["| injected | what must happen | times | it happened |", "|---|---|---|---|"]
+    for (injected, expected), outcomes in session.config.stash[FAULTS].items():
+        held = "yes" if set(outcomes) == {"passed"} else f"**{dict(outcomes)}**"
+        lines.append(f"| {injected} | {expected} | {sum(outcomes.values())} | {held} |")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("# Faults\n\nMade by `make faults`.\n\n" + "\n".join(lines) + "\n", encoding="utf-8")

@@ -51,6 +51,7 @@ def test_every_vit_becomes_one_graph_and_they_share_them(models, monkeypatch):
     # The same tracing without what comes after it, which takes minutes.
     monkeypatch.setattr(torch, "compile", lambda model, *, mode, **kw: compile(model, backend="eager", **kw))
     compile_backbones(compiled, "on")
+    torch._dynamo.utils.counters.clear()
     graphs = torch._dynamo.utils.counters["stats"]
     for samples, images in [(4, 1), (4, 1), (3, 1), (2, 2)]:
         batch = batch_of(samples, images)

@@ -61,6 +61,7 @@ def assert_same(one: Path, other: Path) -> None:
     assert tables[0] == tables[1]
 
 
+@pytest.mark.fault("killed after a step", "the same weights, bit for bit")
 @pytest.mark.parametrize("save_minutes", [0.0, 10.0], ids=["saved at every step", "saved at every epoch"])
 def test_killed_at_any_step(config, tmp_path, unbroken, monkeypatch, save_minutes):
     """Killed after every fourth step, eighteen in all, until it gets to the end."""
@@ -87,6 +88,7 @@ def test_killed_at_any_step(config, tmp_path, unbroken, monkeypatch, save_minute
     assert_same(unbroken, tmp_path / "broken")
 
 
+@pytest.mark.fault("killed before or after a file is written", "the same weights, bit for bit")
 @pytest.mark.parametrize("where", ["write_checkpoint", "write_snapshot", "write_atomically", "evaluate"])
 def test_killed_before_or_after_anything_is_written(config, tmp_path, unbroken, monkeypatch, where):
     write, draw = getattr(training, where), random.Random(1)
@@ -113,6 +115,7 @@ def test_killed_before_or_after_anything_is_written(config, tmp_path, unbroken, 
     assert_same(unbroken, tmp_path / "broken")
 
 
+@pytest.mark.fault("Ctrl-C, SIGTERM", "saved first, no step twice; the same weights, bit for bit")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_first_and_the_same_call_goes_on(config, tmp_path, unbroken, monkeypatch, number):
     step, done = training.train_step, []
@@ -135,6 +138,7 @@ def test_a_signal_saves_first_and_the_same_call_goes_on(config, tmp_path, unbrok
     assert_same(unbroken, tmp_path / "broken")
 
 
+@pytest.mark.fault("a second Ctrl-C", "stops at once")
 def test_a_second_signal_stops_at_once(config, tmp_path, monkeypatch):
     def signalled(*args):
         os.kill(os.getpid(), signal.SIGINT)
@@ -222,6 +226,9 @@ DAMAGES = {
 }
 
 
+@pytest.mark.fault(
+    "a snapshot's file empty, cut, bit-flipped, its tail zeroed, or missing", "named, the one before it is used"
+)
 @pytest.mark.parametrize("name", ["parameters.safetensors", "optimizer.safetensors", "notes.json", "manifest.json"])
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_snapshot_is_named_and_the_one_before_it_is_used(stopped, capsys, name, damage):
@@ -232,6 +239,7 @@ def test_a_damaged_snapshot_is_named_and_the_one_before_it_is_used(stopped, caps
     assert f"{path} is damaged" in capsys.readouterr().out
 
 
+@pytest.mark.fault("two snapshots swapped", "both named, neither used")
 def test_snapshots_that_were_swapped_are_noticed(stopped, capsys):
     before, path = sorted((stopped / "stage2/snapshots").glob("step-*"))
     path.rename(path.with_name("other"))
@@ -241,12 +249,14 @@ def test_snapshots_that_were_swapped_are_noticed(stopped, capsys):
     assert capsys.readouterr().out.count("is damaged") == 2
 
 
+@pytest.mark.fault("files of two snapshots swapped", "the older one is used")
 def test_files_of_two_snapshots_that_were_swapped_are_noticed(stopped):
     before, path = sorted((stopped / "stage2/snapshots").glob("step-*"))
     shutil.copy(before / "parameters.safetensors", path / "parameters.safetensors")
     assert f"step-{newest_snapshot(stopped / 'stage2/snapshots').step:09d}" == before.name
 
 
+@pytest.mark.fault("newest snapshot damaged, litter of a kill", "the same weights, bit for bit")
 def test_a_run_goes_on_from_the_snapshot_before_a_damaged_one(config, stopped, unbroken):
     flip(newest(stopped) / "optimizer.safetensors")
     (stopped / "stage2/snapshots/.tmp-99-1").mkdir()  # what a kill leaves behind
@@ -255,12 +265,14 @@ def test_a_run_goes_on_from_the_snapshot_before_a_damaged_one(config, stopped, u
     assert not list((stopped / "stage2/snapshots").glob(".tmp*"))
 
 
+@pytest.mark.fault("other settings", "refused by name")
 def test_other_settings_are_refused_and_named(config, stopped):
     with pytest.raises(ValueError, match=r"begun with other settings: train lr \(was 0.003, is 0.1\)"):
         train(replace(config, train=replace(config.train, lr=0.1)), stopped)
     train(replace(config, train=replace(config.train, workers=1)), stopped)  # changes nothing but the speed
 
 
+@pytest.mark.fault("another manifest", "refused")
 def test_another_manifest_is_refused(config, stopped, lasting_manifest):
     content = lasting_manifest.read_bytes()
     try:
@@ -271,6 +283,7 @@ def test_another_manifest_is_refused(config, stopped, lasting_manifest):
         lasting_manifest.write_bytes(content)
 
 
+@pytest.mark.fault("other frozen weights", "refused")
 def test_other_frozen_weights_are_refused(config, stopped, monkeypatch):
     load = training.load_trunk
 
@@ -285,6 +298,7 @@ def test_other_frozen_weights_are_refused(config, stopped, monkeypatch):
         train(config, stopped)
 
 
+@pytest.mark.fault("another number of threads", "said")
 def test_another_number_of_threads_is_said(config, stopped, capsys):
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
@@ -296,6 +310,7 @@ def test_another_number_of_threads_is_said(config, stopped, capsys):
     assert f"may differ in their last bits from those of an unbroken run: threads (was {threads}" in said
 
 
+@pytest.mark.fault("a full disk while saving", "an error; the snapshots before are whole")
 def test_a_full_disk_leaves_the_snapshots_before(config, stopped, monkeypatch):
     there = sorted((stopped / "stage2/snapshots").glob("step-*"))
     fsync = os.fsync
@@ -312,8 +327,13 @@ def test_a_full_disk_leaves_the_snapshots_before(config, stopped, monkeypatch):
     assert sorted((stopped / "stage2/snapshots").iterdir()) == there
 
 
-def _train_in_another_process(config: Config, run: Path) -> None:
+def _train_in_another_process(config: Config, run: Path, file_size: int | None = None) -> None:
     torch.set_num_threads(1)
+    if file_size is not None:
+        import resource
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then writing beyond it is an error
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
     train(config, run)
 
 
@@ -325,6 +345,22 @@ def processes():
     return context
 
 
+@pytest.mark.fault(
+    "no room for a snapshot's file", "an error; the snapshots before stay, it goes on from them"
+)
+@pytest.mark.skipif(os.name != "posix", reason="needs limits of POSIX")
+def test_a_file_that_cannot_grow_leaves_the_snapshots_before(config, stopped, unbroken, processes):
+    there = sorted((stopped / "stage2/snapshots").iterdir())
+    child = processes.Process(target=_train_in_another_process, args=(config, stopped, 100_000))
+    child.start()
+    child.join(120)
+    assert child.exitcode == 1
+    assert sorted((stopped / "stage2/snapshots").iterdir()) == there
+    train(config, stopped)
+    assert_same(unbroken, stopped)
+
+
+@pytest.mark.fault("a second process in the folder", "refused")
 @pytest.mark.skipif(os.name != "posix", reason="needs signals of POSIX")
 def test_two_processes_in_one_folder(config, stopped, processes):
     with training.locked(training.RunFolder(stopped)):
@@ -337,10 +373,13 @@ def test_two_processes_in_one_folder(config, stopped, processes):
             pass
 
 
+@pytest.mark.fault("kill -9 at a random instant", "the same weights, bit for bit")
 @pytest.mark.skipif(os.name != "posix", reason="needs kill -9")
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_for_good_at_random_instants(config, tmp_path, processes, kills):
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("kills", [3, pytest.param(int(os.environ.get("EI_KILLS", 20)), marks=pytest.mark.slow)])
+def test_killed_for_good_at_random_instants(config, tmp_path, processes, kills, record_property):
     """kill -9, wherever it happens to be; when a run gets to its end before all kills are done, another is begun."""
+    record_property("times", kills)
     config = replace(config, train=replace(config.train, save_minutes=0.0))
     draw, done, runs = random.Random(0), 0, [tmp_path / "broken0"]
     _finish(processes, config, tmp_path / "unbroken")

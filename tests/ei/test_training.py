@@ -311,6 +311,7 @@ class Poisoned(nn.Module):
         return replace(output, logits=bad)
 
 
+@pytest.mark.fault("NaN in the loss, an infinite gradient", "stopped before the step, samples named")
 @pytest.mark.parametrize("how", ["loss", "gradient"])
 def test_nothing_that_is_not_finite_reaches_a_weight(manifest, tmp_path, monkeypatch, how, study_config):
     import ei.training as training
@@ -331,6 +332,7 @@ def test_nothing_that_is_not_finite_reaches_a_weight(manifest, tmp_path, monkeyp
     assert all(parameter.isfinite().all() for parameter in seen[-1].parameters())
 
 
+@pytest.mark.fault("an image that vanishes", "stopped, the file named")
 def test_a_file_that_vanishes_stops_the_run(manifest, tmp_path, monkeypatch, study_config):
     """It is not replaced by anything: the error names it."""
     import ei.training as training
