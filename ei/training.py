@@ -185,6 +185,7 @@ class Position:
     best: float = -1.0
     since_best: int = 0
     records: int = 0  # lines of the history
+    lr: float = 0.0  # of the last step
     losses: dict[str, list[float]] = field(default_factory=dict)  # of the epoch's steps
     images: int = 0
     seconds: float = 0.0
@@ -207,7 +208,7 @@ class Loop:
         self.origin: dict[str, Any] = {"trunk": stages.fingerprint, "manifest": manifest_hash(self.config)}
         self.loader, self.sampler = training_loader(self.manifest.split("train"), self.config)
         self.optimizer = make_optimizer(list(trainable_parameters(model).values()), settings)
-        self.at = Position()
+        self.at = Position(lr=settings.lr_low)
         self.best: dict[str, Tensor] = {}
         self.best_notes: dict[str, Any] = {}
         self.saved = time.monotonic()
@@ -247,7 +248,8 @@ class Loop:
         self.sampler.set_epoch(at.epoch, start=at.batch * settings.batch_size)
         before, started = at.seconds, time.perf_counter()
         for batch in track(self.loader, f"{title}, epoch {at.epoch}", len(self.loader) - at.batch):
-            set_learning_rate(self.optimizer, cyclic_learning_rate(at.step / len(self.loader), settings))
+            at.lr = cyclic_learning_rate(at.step / len(self.loader), settings)
+            set_learning_rate(self.optimizer, at.lr)
             values = train_step(self.model, batch.to(self.device), self.optimizer, settings, self.gate_prior)
             for name, value in values.items():
                 at.losses.setdefault(name, []).append(value)
@@ -262,7 +264,7 @@ class Loop:
         record = {
             "epoch": at.epoch,
             "step": at.step,
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr": at.lr,
             "loss": {name: float(np.mean(values)) for name, values in at.losses.items()} or None,
             "val": val,
             "images_per_second": round(at.images / at.seconds, 2) if at.images else None,
@@ -282,6 +284,7 @@ class Loop:
             best=at.best,
             since_best=0 if is_best else at.since_best + 1,
             records=at.records + 1,
+            lr=at.lr,
         )
         self._save()
         self._stop_if_asked()

@@ -88,6 +88,29 @@ def test_killed_at_any_step(config, tmp_path, unbroken, monkeypatch, save_minute
     assert_same(unbroken, tmp_path / "broken")
 
 
+@pytest.mark.fault("killed while validating", "the same weights, bit for bit")
+def test_killed_while_validating(config, tmp_path, unbroken, monkeypatch):
+    """When all steps of the epoch are done and saved."""
+    validate, seen = training.Loop.validate, set()
+
+    def mortal(self, rows):
+        if (where := (self.title, self.at.epoch, len(rows))) not in seen:
+            seen.add(where)
+            raise Stop
+        return validate(self, rows)
+
+    monkeypatch.setattr(training.Loop, "validate", mortal)
+    config = replace(config, train=replace(config.train, save_minutes=0.0))
+    for _ in range(20):
+        try:
+            train(config, tmp_path / "broken")
+            break
+        except Stop:
+            pass
+    assert len(seen) == 3 * 3 + 2  # each epoch of each stage, and the training rows for the gate prior
+    assert_same(unbroken, tmp_path / "broken")
+
+
 @pytest.mark.fault("killed before or after a file is written", "the same weights, bit for bit")
 @pytest.mark.parametrize("where", ["write_checkpoint", "write_snapshot", "write_atomically", "evaluate"])
 def test_killed_before_or_after_anything_is_written(config, tmp_path, unbroken, monkeypatch, where):
@@ -345,9 +368,7 @@ def processes():
     return context
 
 
-@pytest.mark.fault(
-    "no room for a snapshot's file", "an error; the snapshots before stay, it goes on from them"
-)
+@pytest.mark.fault("no room for a snapshot's file", "an error; the snapshots before stay, it goes on from them")
 @pytest.mark.skipif(os.name != "posix", reason="needs limits of POSIX")
 def test_a_file_that_cannot_grow_leaves_the_snapshots_before(config, stopped, unbroken, processes):
     there = sorted((stopped / "stage2/snapshots").iterdir())
