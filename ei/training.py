@@ -9,7 +9,6 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +97,7 @@ def train(config: Config, run: str | Path) -> Path:
     if is_random and config.model.adapter != "full":
         say("note: the backbone has random weights, and they are frozen; --weights, or --adapter full, may be meant")
     with deferred() as asked_to_stop:
-        stages = Stages(config, manifest, device, trunk, asked_to_stop)
+        stages = Stages(config, manifest, device, trunk, fingerprint(trunk), asked_to_stop)
         taken = stages.taken_over()
         with locked(folder):
             if not going_on:
@@ -117,6 +116,7 @@ class Stages:
     manifest: Manifest
     device: torch.device
     trunk: Backbone
+    fingerprint: dict[str, list[float]]  # of the trunk's frozen weights, before they are held in another dtype
     asked_to_stop: Callable[[], int | None]
 
     def run(self, folder: RunFolder, taken: Mapping[str, Checkpoint]) -> None:
@@ -133,7 +133,9 @@ class Stages:
     def first(self, modality: str, folder: StageFolder, taken: Checkpoint | None) -> tuple[Mapping[str, Tensor], float]:
         """One modality alone, trained or taken over; what it has learned, and its mAP on the training rows."""
         if folder.finished.is_file():
-            return read_checkpoint(folder.best).parameters, json.loads(folder.finished.read_text())["train mAP"]
+            learned = read_checkpoint(folder.best)
+            self.require_same_origin(learned.notes, folder)
+            return learned.parameters, json.loads(folder.finished.read_text())["train mAP"]
         alone = replace(self, config=replace(self.config, data=replace(self.config.data, modalities=(modality,))))
         seed_everything(self.config.train.seed)
         model = build_model(alone.config, len(self.manifest.classes), modality=modality, trunk=self.trunk)
@@ -169,10 +171,22 @@ class Stages:
             for modality in (self.manifest.modalities if source else ())
         }
 
-    @cached_property
-    def fingerprint(self) -> dict[str, list[float]]:
-        """Of the trunk's frozen weights."""
-        return fingerprint(self.trunk)
+    def origin(self) -> dict[str, Any]:
+        """What every checkpoint notes: the manifest and the frozen weights that it was made with."""
+        return {"trunk": self.fingerprint, "manifest": manifest_hash(self.config)}
+
+    def require_same_origin(self, notes: Mapping[str, Any], folder: StageFolder) -> None:
+        """Raise a ValueError if a checkpoint of this run was made with others."""
+        if notes["manifest"] != self.origin()["manifest"]:
+            raise ValueError(
+                f"{self.config.data.manifest} is not what it was when {folder.path} was begun; restore it, or choose"
+                " another folder with --out"
+            )
+        if self.config.model.adapter != "full" and not same_weights(notes["trunk"], self.fingerprint):
+            raise ValueError(
+                f"the frozen weights of backbone '{self.config.model.backbone}' are not those that {folder.path} was"
+                " begun with"
+            )
 
 
 @dataclass
@@ -205,7 +219,7 @@ class Loop:
         self.asked_to_stop = stages.asked_to_stop
         self.settings = settings = stages.config.train
         self.model, self.folder, self.title, self.gate_prior = model, folder, title, gate_prior
-        self.origin: dict[str, Any] = {"trunk": stages.fingerprint, "manifest": manifest_hash(self.config)}
+        self.stages, self.origin = stages, stages.origin()
         self.loader, self.sampler = training_loader(self.manifest.split("train"), self.config)
         self.optimizer = make_optimizer(list(trainable_parameters(model).values()), settings)
         self.at = Position(lr=settings.lr_low)
@@ -317,7 +331,8 @@ class Loop:
         self.folder.path.mkdir(parents=True, exist_ok=True)
         snapshot = newest_snapshot(self.folder.snapshots)
         if snapshot is not None:
-            self._require_same_origin(snapshot.notes)
+            self.stages.require_same_origin(snapshot.notes["origin"], self.folder)
+            self._compare_environment(snapshot.notes["environment"])
             self.at = Position(**snapshot.notes["position"])
             self.best, self.best_notes = snapshot.tensors["best"], snapshot.notes["best"]
             restore(self.model, snapshot.tensors["parameters"])
@@ -328,18 +343,8 @@ class Loop:
         lines = self.folder.history.read_text(encoding="utf-8").splitlines(True) if self.folder.history.exists() else []
         write_atomically(self.folder.history, "".join(lines[: self.at.records]).encode())
 
-    def _require_same_origin(self, notes: Mapping[str, Any]) -> None:
-        if notes["origin"]["manifest"] != self.origin["manifest"]:
-            raise ValueError(
-                f"{self.config.data.manifest} is not what it was when {self.folder.path} was begun; restore it, or"
-                " choose another folder with --out"
-            )
-        if self.config.model.adapter != "full" and not same_weights(notes["origin"]["trunk"], self.origin["trunk"]):
-            raise ValueError(
-                f"the frozen weights of backbone '{self.config.model.backbone}' are not those that {self.folder.path}"
-                " was begun with"
-            )
-        was, now = notes["environment"], environment(self.device)
+    def _compare_environment(self, was: Mapping[str, str]) -> None:
+        now = environment(self.device)
         changed = [f"{name} (was {was.get(name)}, is {value})" for name, value in now.items() if was.get(name) != value]
         if changed:
             say(f"note: weights may differ in their last bits from those of an unbroken run: {', '.join(changed)}")

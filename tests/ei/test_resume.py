@@ -321,6 +321,18 @@ def test_other_frozen_weights_are_refused(config, stopped, monkeypatch):
         train(config, stopped)
 
 
+@pytest.mark.fault("another manifest after stage 1", "refused")
+def test_another_manifest_is_refused_between_the_stages(config, stopped, lasting_manifest):
+    shutil.rmtree(stopped / "stage2")
+    content = lasting_manifest.read_bytes()
+    try:
+        lasting_manifest.write_bytes(content.replace(b"train3,", b"trainee3,", 1))
+        with pytest.raises(ValueError, match="is not what it was when .*stage1.* was begun"):
+            train(config, stopped)
+    finally:
+        lasting_manifest.write_bytes(content)
+
+
 @pytest.mark.fault("another number of threads", "said")
 def test_another_number_of_threads_is_said(config, stopped, capsys):
     threads = torch.get_num_threads()

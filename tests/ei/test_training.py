@@ -11,6 +11,8 @@ from torch import nn
 from ei.checkpoint import read_checkpoint
 from ei.config import Config, TrainConfig
 from ei.data.manifest import ManifestError
+from ei.runs import load_trunk
+from ei.runtime import fingerprint
 from ei.snapshots import Snapshot, newest_snapshot
 from ei.training import TrainingError, cyclic_learning_rate, make_optimizer, train
 
@@ -183,6 +185,13 @@ def test_the_number_of_workers_changes_nothing(manifest, tmp_path, study_config)
     ]
     one, other = (last(run / "stage2").tensors["parameters"] for run in runs)
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_run_in_bf16_notes_the_frozen_weights_as_they_were(manifest, tmp_path, study_config):
+    """In training they are held in bf16, and stage 2 begins from the same ones."""
+    run = train(study_config(manifest, precision="bf16"), tmp_path / "run")
+    trunks = [read_checkpoint(run / stage / "best.safetensors").notes["trunk"] for stage in ("stage1/oct", "stage2")]
+    assert trunks[0] == trunks[1] == fingerprint(load_trunk(Config.load(run / "config.yaml")))
 
 
 def test_training_learns(manifest, tmp_path, study_config):
