@@ -24,8 +24,8 @@ usage: ei COMMAND [OPTIONS]
 Classify patients with two or more imaging modalities by Early Intervention on a frozen Vision Transformer.
 
 commands:
-  prepare    write the manifest of MMC-AMD, Derm7pt or MRNet from the data set as it is published
   demo       train on pairs of handwritten digits and show what intervention does (no files, no network)
+  prepare    write the manifest of MMC-AMD, Derm7pt or MRNet from the folder that was downloaded
   train      train on a manifest, both stages, and evaluate
   evaluate   evaluate a run on its validation and test rows again
   predict    predict the rows of another manifest

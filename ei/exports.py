@@ -31,9 +31,11 @@ def plain(cell: str) -> str:
 
 def csv_bytes(columns: Sequence[str], rows: Iterable[Iterable[object]]) -> bytes:
     """A table in UTF-8 with commas, its header and every cell :func:`escaped`."""
+    return "".join(f"{_line(cells)}\n" for cells in (columns, *rows)).encode()
+
+
+def _line(cells: Iterable[object]) -> str:
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(map(escaped, columns))
-    for row in rows:
-        writer.writerow(map(escaped, row))
-    return text.getvalue().encode()
+    # The writer quotes a carriage return only if lines end with one, and a bare one would begin a row.
+    csv.writer(text, lineterminator="\r\n").writerow(map(escaped, cells))
+    return text.getvalue().removesuffix("\r\n")

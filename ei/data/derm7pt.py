@@ -106,37 +106,31 @@ class Derm7pt(Source):
         _require_rows(rows, path)
         splits = _splits(home / "meta", len(rows))
         if not self.partial:
-            counts = Counter(f"{split} {_GROUP_OF[rows[index]['diagnosis']]} cases" for index, split in splits.items())
-            released = {f"{split} {name} cases": n for split, groups in RELEASED.items() for name, n in groups.items()}
-            require_counts(home, counts | Counter(rows=len(rows)), released | {"rows": sum(released.values())})
+            _require_release(home, rows, splits)
         finder = _Finder(folder)
-        cases = [self._case(rows[index], splits[index], finder) for index in range(len(rows)) if index in splits]
+        cases = [self._case(rows[index], split, finder) for index, split in sorted(splits.items())]
         missing = require_files(files_of(cases), str(path), self.partial)
-        skipped = [
-            Skip("none", rows[index]["case_num"], "in none of the index files")
-            for index in range(len(rows))
-            if index not in splits
-        ]
-        kept, notes = [], list(finder.notes())
-        for case in cases:
-            absent = next((name for name in MODALITIES if case.images[name][0] in missing), None)
-            copied = case.images["clinic"] == case.images["derm"]
-            if absent:
-                skipped.append(Skip(case.split, case.id, f"no file of its {absent} image"))
-            elif copied and self.drop_copies:
-                skipped.append(Skip(case.split, case.id, CLINIC_IS_DERM))
-            else:
-                kept.append(case)
-                notes += [f"case {case.id} of {case.split} is kept, but {CLINIC_IS_DERM}"] if copied else []
+        reasons = {case.id: self._reason_to_skip(case, missing) for case in cases}
+        kept = [case for case in cases if not reasons[case.id]]
         return Prepared(
             cases=kept,
-            skipped=skipped,
-            notes=notes,
+            skipped=[
+                *(Skip(case.split, case.id, reasons[case.id]) for case in cases if reasons[case.id]),
+                *_in_no_split(rows, splits),
+            ],
+            notes=[*finder.notes(), *_copies(kept)],
             modalities=MODALITIES,
             labels=("label",),
             classes=self._classes(rows),
             flags=("--image-size", "512"),
         )
+
+    def _reason_to_skip(self, case: Case, missing: frozenset[Path]) -> str:
+        """Empty if there is none."""
+        absent = [name for name in MODALITIES if case.images[name][0] in missing]
+        if absent:
+            return f"no file of its {' and '.join(absent)} image"
+        return CLINIC_IS_DERM if self.drop_copies and _is_copy(case) else ""
 
     def _case(self, row: Mapping[str, str], split: str, finder: "_Finder") -> Case:
         return Case(
@@ -157,6 +151,29 @@ class Derm7pt(Source):
         if self.grouping == "diagnosis":
             return tuple(sorted({row["diagnosis"] for row in rows}))
         return tuple(GROUPS) if self.grouping == "five" else ("other", "MEL")
+
+
+def _require_release(home: Path, rows: Sequence[Mapping[str, str]], splits: Mapping[int, str]) -> None:
+    found = Counter(f"{split} {_GROUP_OF[rows[index]['diagnosis']]} cases" for index, split in splits.items())
+    released = {f"{split} {name} cases": n for split, groups in RELEASED.items() for name, n in groups.items()}
+    found["rows"], released["rows"] = len(rows), sum(released.values())
+    require_counts(home, found, released)
+
+
+def _is_copy(case: Case) -> bool:
+    return case.images["clinic"] == case.images["derm"]
+
+
+def _copies(cases: Sequence[Case]) -> list[str]:
+    return [f"case {case.id} of {case.split} is kept, but {CLINIC_IS_DERM}" for case in cases if _is_copy(case)]
+
+
+def _in_no_split(rows: Sequence[Mapping[str, str]], splits: Mapping[int, str]) -> list[Skip]:
+    return [
+        Skip("none", row["case_num"], "in none of the index files")
+        for index, row in enumerate(rows)
+        if index not in splits
+    ]
 
 
 def _require_rows(rows: Sequence[Mapping[str, str]], path: Path) -> None:

@@ -82,20 +82,16 @@ class MmcAmd(Source):
         if not self.partial:
             require_counts(home, _counts(real, self.split), RELEASED[self.split])
         missing = require_files((image.file for image in real), "ImageSets", self.partial)
-        skipped = [Skip(image.split, image.id, "a synthetic image") for image in images if image.synthetic]
-        skipped += [Skip(image.split, image.id, "no such file") for image in real if image.file in missing]
         eyes = _by_eye([image for image in real if image.file not in missing])
-        skipped += [
-            Skip(split, eye, f"no {modality.upper()} image")
-            for (split, eye), found in eyes.items()
-            for modality in MODALITIES
-            if not found[modality]
-        ]
         pairs = {key: found for key, found in eyes.items() if all(found.values())}
         return Prepared(
             cases=[_case(split, eye, found, self.split) for (split, eye), found in pairs.items()],
-            skipped=skipped,
-            notes=self._notes(pairs),
+            skipped=[
+                *(Skip(image.split, image.id, "a synthetic image") for image in images if image.synthetic),
+                *(Skip(image.split, image.id, "no such file") for image in real if image.file in missing),
+                *_unpaired(eyes),
+            ],
+            notes=self._fellow_eyes(pairs),
             modalities=MODALITIES,
             labels=("label",),
             classes=CLASSES,
@@ -114,11 +110,8 @@ class MmcAmd(Source):
                         _require_label(image, labels, collection)
                     yield image
 
-    def _notes(self, pairs: Mapping[tuple[str, str], object]) -> list[str]:
-        """
-        Raises:
-            ValueError: a patient is in two splits where none may be.
-        """
+    def _fellow_eyes(self, pairs: Mapping[tuple[str, str], object]) -> list[str]:
+        """A note on the patients with eyes in two splits, which AP may not have."""
         splits = defaultdict(set)
         for split, eye in pairs:
             splits[_patient(eye)].add(split)
@@ -178,6 +171,15 @@ def _by_eye(images: Sequence[_Image]) -> dict[tuple[str, str], dict[str, list[_I
         eyes.setdefault((image.split, image.eye), {name: [] for name in MODALITIES})[image.modality].append(image)
     require_once((eye for _, eye in eyes), "the three splits")
     return eyes
+
+
+def _unpaired(eyes: Mapping[tuple[str, str], Mapping[str, Sequence[_Image]]]) -> list[Skip]:
+    return [
+        Skip(split, eye, f"no {modality.upper()} image")
+        for (split, eye), found in eyes.items()
+        for modality in MODALITIES
+        if not found[modality]
+    ]
 
 
 def _counts(images: Sequence[_Image], split_name: str) -> dict[str, int]:

@@ -217,9 +217,10 @@ def require_counts(root: Path, found: Mapping[str, int], released: Mapping[str, 
 
 
 def require_once(names: Iterable[str], where: str) -> None:
-    """
+    """Refuse names that are there more than once.
+
     Raises:
-        ValueError: a name is there more than once.
+        ValueError: there is such a name; the message has the first.
     """
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise ValueError(f"{where} must name everything once, got {twice[0]!r} more than once")
