@@ -5,12 +5,17 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import tyro
 
 from ei import explain_missing
 from ei.config import Config, DataConfig, ModelConfig, Names
+from ei.data.derm7pt import Derm7pt
+from ei.data.mmc_amd import MmcAmd
+from ei.data.mrnet import MRNet
+from ei.data.prepare import Source
+from ei.data.prepare import prepare as prepare_source
 from ei.interrupts import Interrupted
 
 USAGE = """\
@@ -20,6 +25,7 @@ Classify patients with two or more imaging modalities by Early Intervention on a
 
 commands:
   demo       train on pairs of handwritten digits and show what intervention does (no files, no network)
+  prepare    write the manifest of MMC-AMD, Derm7pt or MRNet from the folder that was downloaded
   train      train on a manifest, both stages, and evaluate
   evaluate   evaluate a run on its validation and test rows again
   predict    predict the rows of another manifest
@@ -39,6 +45,13 @@ class Demo:
     """Folder to write to; a demo that is there is replaced."""
     seed: int = 0
     """Of everything that is random."""
+
+
+Prepare = (
+    Annotated[MmcAmd, tyro.conf.subcommand("mmc-amd")]
+    | Annotated[Derm7pt, tyro.conf.subcommand("derm7pt")]
+    | Annotated[MRNet, tyro.conf.subcommand("mrnet")]
+)
 
 
 @dataclass(frozen=True)
@@ -131,6 +144,11 @@ def demo(words: Sequence[str]) -> None:
     run_demo(command.out, seed=command.seed)
 
 
+def prepare(words: Sequence[str]) -> None:
+    for line in prepare_source(_parse(cast(type[Source], Prepare), "prepare", words)):
+        print(line)
+
+
 def train(words: Sequence[str]) -> None:
     path, words = _take_config(list(words))
     base = Train() if path is None else Train(config=Config.load(path))
@@ -190,6 +208,7 @@ def _show(folder: Path) -> None:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "demo": demo,
+    "prepare": prepare,
     "train": train,
     "evaluate": evaluate,
     "predict": predict,

@@ -3,8 +3,6 @@
 Shapes: N samples, C classes, M modalities.
 """
 
-import csv
-import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 from ei.config import Config
 from ei.data.loaders import evaluation_loader
 from ei.data.manifest import Manifest, Row, read_manifest
+from ei.exports import csv_bytes
 from ei.metrics import summarise
 from ei.models import UniModal
 from ei.progress import track
@@ -263,9 +262,5 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_csv(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     """Write dicts with the same keys as a table; the file is there whole or not at all."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(lines[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, text.getvalue().encode())
+    write_atomically(path, csv_bytes(list(lines[0]), [line.values() for line in lines]))

@@ -17,6 +17,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ei import figures
+from ei.exports import plain
 from ei.figures import Picture
 from ei.run_folder import RunFolder
 
@@ -118,17 +119,19 @@ def _read_epochs(path: Path) -> list[dict[str, Any]]:
 
 
 def _read_predictions(path: Path, metrics: Mapping[str, Any]) -> list[dict[str, str]]:
-    reader = csv.DictReader(io.StringIO(_text(path), newline=""), strict=True)
     try:
-        rows = list(reader)
+        reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
+        columns, *cells = [[plain(cell) for cell in line] for line in reader if line] or [[]]
     except csv.Error as error:
         raise ValueError(f"{path} is not a CSV file: {error}") from error
-    columns = reader.fieldnames or ()
     _require_keys(dict.fromkeys(columns), ("split", "label"), str(path))
-    for number, row in enumerate(rows, start=1):
+    rows = []
+    for number, line in enumerate(cells, start=1):
         where = f"{path}, sample {number},"
-        if None in row or None in row.values():
+        if len(line) != len(columns):
             raise ValueError(f"{where} must have {len(columns)} cells, as the header")
+        row = dict(zip(columns, line, strict=True))
+        rows.append(row)
         if ";".join(_labels(row, metrics)) != row["label"]:
             raise ValueError(f"{where} has a label that is no class of metrics.json: {row['label']!r}")
         for column in columns:

@@ -95,6 +95,18 @@ def test_predict_without_labels(run, tmp_path):
         assert one["fused:dark"] == other["fused:dark"] and one["weight:oct"] == other["weight:oct"]
 
 
+def test_ids_that_a_spreadsheet_would_run_are_text(run, tmp_path):
+    source = run.parent / "study"
+    text = (source / "manifest.csv").read_text()
+    (source / "new.csv").write_text(text.replace("test0,test0", '"=HYPERLINK(""x"")",@p').replace("test1,", "-1.5,"))
+    predict(run, source / "new.csv", tmp_path / "out.csv")
+    new, old = table(tmp_path / "out.csv")[18:], table(run / "predictions.csv")[6:]
+    assert [row["id"] for row in new[:3]] == ['\'=HYPERLINK("x")', "-1.5", "test2"]
+    assert new[0]["patient"] == "'@p"
+    numbers = [name for name in new[0] if ":" in name]
+    assert [[row[name] for name in numbers] for row in new] == [[row[name] for name in numbers] for row in old]
+
+
 def test_predictions_never_replace_their_manifest(run):
     manifest = run.parent / "study/manifest.csv"
     before = manifest.read_bytes()

@@ -333,6 +333,15 @@ def test_weights_are_means_by_true_class(small: Path) -> None:
     assert page.alt_of("weights on val").endswith("all (1): cfp 0.00, oct 1.00; a (1): cfp 0.00, oct 1.00.")
 
 
+def test_classes_that_were_escaped_in_the_table_are_recognised(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", classes=("=a", "-b"), modalities=("cfp", "oct"), splits=("test",))
+    (run / "predictions.csv").write_text(
+        "id,split,label,weight:cfp,weight:oct\n1,test,'=a,0.2,0.8\n2,test,'-b,0.9,0.1\n"
+    )
+    alt = Page(write_report(run)).alt_of("weights on test")
+    assert "=a (1): cfp 0.20, oct 0.80; -b (1): cfp 0.90, oct 0.10." in alt
+
+
 def test_gate_maps_show_ranks_bypass_and_means(page: Page) -> None:
     assert "primary/oct: mean entropy 1.12 nats, mean effective rank 3.38" in page.text("gates")
     (text,) = [
