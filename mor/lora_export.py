@@ -66,8 +66,8 @@ class LoraReport:
             dimension of an output of up to three dimensions; of others, such as maps (B, C, H, W), one image's.
         agreement: Share of output vectors whose largest entry is in the same place; None where that says nothing,
             because vectors have one entry or outputs more than three dimensions.
-        only_merged: Layers that the plain model never calls, because it reads their weights. With such layers the
-            LoRA is right only after ``merge_and_unload``, whether peft loaded it for evaluation or for training.
+        only_merged: Layers whose weights the plain model reads, in evaluation at least, instead of calling them. With
+            such layers the LoRA is right only after ``merge_and_unload``.
     """
 
     rank: int
@@ -107,7 +107,7 @@ def to_lora(
     says how good. Rank and alpha are the sum of ranks, so that peft's own scaling is one.
 
     Where :func:`mor.inject` had to make the model call a layer, the plain model does not, and peft's LoRA in there is
-    without effect until it is merged: a warning, the report and the folder's README.md say so.
+    without effect until it is merged: a warning, the report and the folder's README.md say so then.
 
     Args:
         model: An injected model, also one that peft injected, with one active adapter, or that torch.compile wrapped.
@@ -241,8 +241,8 @@ def _concerns(host: str, change: HostChange, name: str) -> bool:
 
 def _merge_first(names: Iterable[str]) -> str:
     return (
-        f"This LoRA works only after merging (merge_and_unload): the plain model never calls {_collapsed(names)}, but"
-        " reads their weights."
+        "This LoRA works only after merging (merge_and_unload): the plain model reads the weights of"
+        f" {_collapsed(names)}, and need not call them."
     )
 
 

@@ -552,6 +552,15 @@ def _as_tuple(name: str, values: Any) -> Any:
     return names
 
 
+def _is_not_for_peft(config: MoRConfig) -> None:
+    raise TypeError("peft takes mor.peft_plugin.MorConfig(target_modules=[...], ranks=..., ...), got mor.MoRConfig")
+
+
+# The two names differ by one capital. These are what peft asks a config for first.
+for _asked in ("base_model_name_or_path", "is_prompt_learning", "peft_type"):
+    setattr(MoRConfig, _asked, property(_is_not_for_peft))
+
+
 def _register() -> None:
     known = PEFT_TYPE_TO_CONFIG_MAPPING.get(PeftType[METHOD_OF_PEFT])
     if known is None:

@@ -192,6 +192,14 @@ def test_fields_of_a_later_version_are_left_out(tmp_path):
         assert isinstance(PeftConfig.from_pretrained(tmp_path), MorConfig)
 
 
+@pytest.mark.parametrize(
+    "use", [get_peft_model, PeftModel, lambda model, config: peft.inject_adapter_in_model(config, model)]
+)
+def test_the_config_of_mor_is_none_of_peft(use):
+    with pytest.raises(TypeError, match=r"peft takes mor.peft_plugin.MorConfig\(.*, got mor.MoRConfig"):
+        use(MLP(), mor.MoRConfig())
+
+
 def test_a_string_is_a_regular_expression():
     with pytest.raises(ValueError, match=r"target_modules must be a regular expression or a list, got '\*fc'"):
         MorConfig(target_modules="*fc")
