@@ -318,7 +318,8 @@ class MorModel(BaseTuner):
         """The model with its original layers and hosts, all adapters removed."""
         # Before peft does: it visits a module in several places once, and hands every base its weight anew.
         replace_modules(self.model, {layer: layer.get_base_layer() for layer in _mor_layers(self.model)})
-        restore(self.model, vars(self.model).pop("_mor_host_changes", ()))
+        restore(self.model, getattr(self.model, "_mor_host_changes", ()))
+        self.model._mor_host_changes = ()
         return super().unload()
 
     def delete_adapter(self, adapter_name: str) -> None:

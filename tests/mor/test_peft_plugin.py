@@ -770,6 +770,14 @@ def test_hosts_that_read_weights_are_made_to_call_them(tmp_path):
     assert model.layers[0].activation_relu_or_gelu
 
 
+def test_hosts_inside_a_compiled_model_are_put_back():
+    model = seeded(encoder)
+    wrapped = get_peft_model(torch.compile(model, backend="eager"), MorConfig(target_modules=["linear1"]))
+    assert not model.layers[0].activation_relu_or_gelu
+    wrapped.unload()
+    assert model.layers[0].activation_relu_or_gelu
+
+
 REFUSED = {
     "missing": (MLP, {}, "target_modules must say what to adapt"),
     "empty": (MLP, {"target_modules": []}, "target_modules must say what to adapt"),
