@@ -12,7 +12,7 @@ import torch
 
 import mor
 from mor.peft_format import from_peft
-from mor.peft_plugin import MorConfig  # this import makes peft know the method
+from mor.peft_plugin import MorConfig, check  # this import makes peft know the method
 
 
 def vision_transformer():
@@ -27,6 +27,7 @@ images, labels = torch.randn(8, 3, 64, 64), torch.randint(10, (8,))
 config = MorConfig(target_modules=["qkv", "fc"], modules_to_save=["head"])  # the roles of mor.inject, or peft's names
 model = peft.get_peft_model(vision_transformer(), config)
 model.print_trainable_parameters()
+check(model, images)  # no adapter is silently dead
 
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
 for step in range(5):
@@ -53,6 +54,6 @@ except NotImplementedError as error:
     print("no merging:", error)
 
 # The honest way to one matrix per layer: freeze the gates at their mean, and look at what that costs.
-print(mor.to_lora(loaded, [images], folder / "lora"))
+print(mor.to_lora(loaded, [images], folder / "lora"))  # "overall" is what the last line measures again
 merged = peft.PeftModel.from_pretrained(vision_transformer(), folder / "lora").merge_and_unload().eval()
 print(f"merged: {(merged(images) - expected).norm() / expected.norm():.2%} from the adapter, no adapter left")

@@ -69,6 +69,8 @@ class GateRecord:
 def record_gates(model: nn.Module) -> Iterator[GateRecord]:
     """Record what every router of the model does within the context.
 
+    For a model that peft wrapped, give it the one that :func:`mor.peft_plugin.as_injected` makes of it.
+
     Raises:
         ValueError: the model has no Mixture-of-Ranks layer with a router.
 

@@ -3,8 +3,11 @@
 Shapes: T tokens, K in, O out, R sum of ranks.
 """
 
+import dataclasses
+import math
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,15 +19,17 @@ from torch import Tensor, nn
 
 from mor.checkpoint import portable, tensors_to_save
 from mor.gates import record_gates
-from mor.injection import mor_layers
+from mor.hosts import REPLACEMENTS, BorrowedLinear, HostChange
+from mor.injection import mor_layers, replace_modules
 from mor.layer import MoRLinear
-from mor.peft_format import CARD_HEAD, modules_to_save, write_peft_folder
+from mor.peft_format import CARD_HEAD, modules_to_save, refuse_foreign_files, write_peft_folder
+from mor.roles import collapse
 
 OUTPUTS = "outputs of the model"
 
 _CARD = """
 A LoRA made from a Mixture-of-Ranks adapter: its gates, which depend on the token, are frozen at their mean over
-calibration data. peft loads and merges it as any other. What freezing changes on the data it was measured on:
+calibration data. {use} What freezing changes on the data it was measured on:
 
 ```
 {report}
@@ -34,16 +39,17 @@ calibration data. peft loads and merges it as any other. What freezing changes o
 
 @dataclass(frozen=True)
 class Cost:
-    """Relative errors |y' - y| / |y| of vectors y, with their mean and their maximum.
+    """Relative errors of vectors y', which ought to be y.
 
     Attributes:
-        mean, max: Over all vectors.
+        overall: Over all vectors together, sqrt(sum |y' - y|^2 / sum |y|^2).
+        max: The largest |y' - y| / |y| of one vector.
         of_update: For a layer, the error relative to what its adapter adds, over all vectors together:
             sqrt(sum |y' - y|^2 / sum |y - base(x)|^2). None for the model's outputs.
         count: How many vectors.
     """
 
-    mean: float
+    overall: float
     max: float
     of_update: float | None
     count: int
@@ -56,23 +62,31 @@ class LoraReport:
     Attributes:
         rank: R, of the layer with the largest.
         layers: By name; each layer given the inputs that it has in the exact model.
-        outputs: Of the whole model, where the layers' errors have added up.
-        agreement: Share of output vectors whose largest entry is in the same place.
+        outputs: Of the whole model, where the layers' errors have added up. A vector is what lies along the last
+            dimension of an output of up to three dimensions; of others, such as maps (B, C, H, W), one image's.
+        agreement: Share of output vectors whose largest entry is in the same place; None where that says nothing,
+            because vectors have one entry or outputs more than three dimensions.
+        only_merged: Layers whose weights the plain model reads, in evaluation at least, instead of calling them. With
+            such layers the LoRA is right only after ``merge_and_unload``.
     """
 
     rank: int
     layers: Mapping[str, Cost]
     outputs: Cost
-    agreement: float
+    agreement: float | None
+    only_merged: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         width = max(map(len, (*self.layers, OUTPUTS)))
-        lines = [f"{'relative error':{width}}  {'mean':>8}  {'max':>8}  of update"]
+        lines = [f"{'relative error':{width}}  {'overall':>8}  {'max':>8}  of update"]
         for name, cost in self.layers.items():
-            lines.append(f"{name:{width}}  {cost.mean:8.2%}  {cost.max:8.2%}  {cost.of_update:9.2%}")
+            lines.append(f"{name:{width}}  {cost.overall:8.2%}  {cost.max:8.2%}  {cost.of_update:9.2%}")
         outputs = self.outputs
-        lines.append(f"{OUTPUTS:{width}}  {outputs.mean:8.2%}  {outputs.max:8.2%}")
-        lines.append(f"the largest output is the same for {self.agreement:.2%} of {outputs.count}")
+        lines.append(f"{OUTPUTS:{width}}  {outputs.overall:8.2%}  {outputs.max:8.2%}")
+        if self.agreement is not None:
+            lines.append(f"the largest output is the same for {self.agreement:.2%} of {outputs.count}")
+        if self.only_merged:
+            lines.append(_merge_first(self.only_merged))
         return "\n".join(lines)
 
 
@@ -92,19 +106,26 @@ def to_lora(
     With gates that do not depend on the token this is exact; otherwise it is an approximation, and the report
     says how good. Rank and alpha are the sum of ranks, so that peft's own scaling is one.
 
+    Where :func:`mor.inject` had to make the model call a layer, the plain model does not, and peft's LoRA in there is
+    without effect until it is merged: a warning, the report and the folder's README.md say so then.
+
     Args:
-        model: An injected model, also one that peft injected, with one active adapter. It runs in evaluation mode,
-            without gradients, and is left as it was.
-        batches: The model's inputs: tensors, tuples of positional or dictionaries of keyword arguments.
-        directory: Made if need be; an adapter that is there is replaced.
+        model: An injected model, also one that peft injected, with one active adapter, or that torch.compile wrapped.
+            It runs in evaluation mode, without gradients, and is left as it was.
+        batches: The model's inputs: tensors, tuples of positional or dictionaries of keyword arguments; no labels.
+            All of them are kept in memory, unless ``held_out`` is given.
+        directory: Made if need be; an adapter that is there is replaced, with its README.md.
         extra: As in :func:`mor.save`, e.g. ``"head.*"`` for a trained head; becomes peft's modules_to_save.
         held_out: Other inputs, on which the cost is measured; None: ``batches`` again.
 
     Returns:
-        The errors per layer and of the model's outputs (the first tensor, or ``logits``, that it returns).
+        The errors per layer and of the model's outputs (``logits``, or the first tensor, that it returns).
 
     Raises:
-        ValueError: the model was not injected, a layer sees no token in the batches, or peft cannot hold ``extra``.
+        ValueError: the model was not injected, its adapters are disabled or some cannot be told to peft (what an
+            nn.MultiheadAttention keeps in ``in_proj_weight`` is no layer), there are no batches, a layer sees no
+            token in them, values are not finite, peft cannot hold ``extra``, or the directory has files of others.
+        TypeError: ``batches`` is one batch.
 
     Source of the layer: arXiv 2603.17514, section 3.4.
 
@@ -114,12 +135,16 @@ def to_lora(
     >>> to_lora(model, [torch.randn(5, 4)], tempfile.mkdtemp()).agreement
     1.0
     """
-    if hasattr(model, "peft_config"):
+    for name, value in (("batches", batches), ("held_out", [] if held_out is None else held_out)):
+        _check_batches(name, value)
+    refuse_foreign_files(directory)
+    with _uncompiled(model) as plain:
+        if not hasattr(plain, "peft_config"):
+            return _export(plain, batches, directory, _as_list(extra), held_out)
         from mor.peft_plugin import as_injected
 
-        with as_injected(model) as (inside, trained):
+        with as_injected(plain) as (inside, trained):
             return _export(inside, batches, directory, [*trained, *_as_list(extra)], held_out)
-    return _export(model, batches, directory, _as_list(extra), held_out)
 
 
 def _export(
@@ -130,25 +155,99 @@ def _export(
     held_out: Iterable[Any] | None,
 ) -> LoraReport:
     layers = mor_layers(model)
-    if not layers:
-        raise ValueError("model must have Mixture-of-Ranks layers, but has none; call mor.inject on it first")
+    _refuse_unfit(layers)
     parts, tensors = tensors_to_save(model, extra)
     modules = modules_to_save(parts, list(layers))
     tensors = {name: tensors[name] for name in parts}
-    batches = list(batches)
+    batches = _some("batches", batches)
+    measured = ("batches", batches := list(batches)) if held_out is None else ("held_out", _some("held_out", held_out))
     with _evaluating(model):
         gates = _mean_gates(model, layers, batches)
         factors = {name: _freeze(layer, gates[name]) for name, layer in layers.items()}
-        report = _measure(model, layers, factors, batches if held_out is None else held_out)
+        report = _measure(model, layers, factors, *measured)
+    use = "peft loads and merges it as any other."
+    if only_merged := _only_merged(model, layers):
+        report = dataclasses.replace(report, only_merged=only_merged)
+        use = _merge_first(only_merged)
     for name, (A, B) in factors.items():
         tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = portable(A), portable(B)
     write_peft_folder(
         directory,
         _describe(factors, _targets(model, layers), modules),
         tensors,
-        CARD_HEAD + _CARD.format(report=report),
+        CARD_HEAD + _CARD.format(use=use, report=report),
     )
+    if only_merged:
+        warnings.warn(use, stacklevel=3)
     return report
+
+
+def _check_batches(name: str, batches: Any) -> None:
+    if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"{name} must be several batches, such as the list [x] or a data loader, got {type(batches).__name__}"
+        )
+
+
+def _some(name: str, batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches; an error at their end if there were none."""
+    empty = True
+    for batch in batches:
+        empty = False
+        yield batch
+    if empty:
+        raise ValueError(f"{name} must hold at least one batch, but is empty (or a generator that is used up)")
+
+
+def _refuse_unfit(layers: Mapping[str, MoRLinear]) -> None:
+    if not layers:
+        raise ValueError("model must have Mixture-of-Ranks layers, but has none; call mor.inject on it first")
+    if not all(layer.enabled for layer in layers.values()):
+        raise ValueError("the adapters must be enabled to be measured; leave mor.disabled first")
+    if borrowed := [name for name, layer in layers.items() if isinstance(layer.base, BorrowedLinear)]:
+        raise ValueError(
+            f"peft has no layer for {_collapsed(borrowed)}, whose weights are bare parameters of an attention in the"
+            " plain model; leave them out with exclude= when injecting, or keep the Mixture-of-Ranks adapter"
+        )
+
+
+def _only_merged(model: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
+    """Layers that are called because of what was changed in a host, so not in the plain model."""
+    changes = list(_host_changes(model))
+    return tuple(name for name in names if any(_concerns(host, change, name) for host, change in changes))
+
+
+def _host_changes(model: nn.Module) -> Iterator[tuple[str, HostChange]]:
+    """Every change, and the full name of the module that was changed."""
+    for name, module in model.named_modules():
+        injection = vars(module).get("_mor_injection")
+        changes = vars(module).get("_mor_host_changes", ()) if injection is None else injection.host_changes
+        for change in changes:
+            # A model that was compiled before it was injected has another name in between.
+            path = [part for part in f"{name}.{change.module}".split(".") if part not in ("", "_orig_mod")]
+            yield ".".join(path), change
+
+
+def _concerns(host: str, change: HostChange, name: str) -> bool:
+    prefix = f"{host}." if host else ""
+    if not name.startswith(prefix):
+        return False
+    if change.attribute == "__class__":
+        replaced = REPLACEMENTS[f"{change.before.__module__}.{change.before.__qualname__}"]
+        return name.removeprefix(prefix) in replaced.calls
+    # The other flags are of hosts that bypass everything in them.
+    return change.attribute != "qkv_bias_separate" or name.removeprefix(prefix) == "qkv"
+
+
+def _merge_first(names: Iterable[str]) -> str:
+    return (
+        "This LoRA works only after merging (merge_and_unload): the plain model reads the weights of"
+        f" {_collapsed(names)}, and need not call them."
+    )
+
+
+def _collapsed(names: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(map(collapse, names)))
 
 
 def _mean_gates(
@@ -163,6 +262,8 @@ def _mean_gates(
         gates |= {name: summary.gates for name, summary in record.summary().items()}
         if unseen := [name for name in routed if name not in record.summary()]:
             raise ValueError(f"batches must reach every adapted layer, but none reached {', '.join(unseen)}")
+        if wrong := [name for name in routed if not all(map(math.isfinite, gates[name]))]:
+            raise ValueError(f"batches must give finite values, but the gates are not finite in {_collapsed(wrong)}")
     return gates
 
 
@@ -208,22 +309,25 @@ class _Errors:
     def __init__(self) -> None:
         self._sums: list[Tensor] = []
         self._largest: list[Tensor] = []
-        self._count = 0
+        self.count = 0
 
     def add(self, exact: Tensor, frozen: Tensor, update: Tensor | None = None) -> None:
         difference, size = _norms(frozen - exact), _norms(exact)  # (T,)
-        # Where both are zero there is no error.
-        relative = difference / size.clamp_min(torch.finfo(size.dtype).tiny)
         change = torch.zeros_like(size) if update is None else _norms(update)
-        self._sums.append(torch.stack([relative.sum(), difference.square().sum(), change.square().sum()]))
-        if len(relative):
-            self._largest.append(relative.max())
-        self._count += len(relative)
+        self._sums.append(torch.stack([norms.square().sum() for norms in (difference, size, change)]))
+        if len(size):
+            # Where both are zero there is no error.
+            self._largest.append((difference / size.clamp_min(torch.finfo(size.dtype).tiny)).max())
+        self.count += len(size)
 
     def cost(self, of_update: bool) -> Cost:
-        total, difference, change = torch.stack(self._sums).sum(0).tolist()
-        of = None if not of_update else (difference / change) ** 0.5 if change else 0.0
-        return Cost(total / self._count, float(torch.stack(self._largest).max()), of, self._count)
+        difference, size, change = torch.stack(self._sums).sum(0).tolist()
+        of = _ratio(difference, change) if of_update else None
+        return Cost(_ratio(difference, size), float(torch.stack(self._largest).max()), of, self.count)
+
+
+def _ratio(squared: float, of: float) -> float:
+    return math.sqrt(squared / of) if of else math.inf if squared else 0.0
 
 
 def _norms(vectors: Tensor) -> Tensor:
@@ -234,10 +338,11 @@ def _measure(
     model: nn.Module,
     layers: Mapping[str, MoRLinear],
     factors: Mapping[str, tuple[Tensor, Tensor]],
+    what: str,
     batches: Iterable[Any],
 ) -> LoraReport:
     by_layer = {name: _Errors() for name in layers}
-    outputs, agreeing = _Errors(), 0
+    outputs, agreeing = _Errors(), []
 
     def lora(name: str, x: Tensor) -> tuple[Tensor, Tensor]:
         A, B = factors[name]
@@ -256,13 +361,23 @@ def _measure(
             exact = _output(_call(model, batch))
         with _hooked(layers, replace):
             frozen = _output(_call(model, batch))
-        outputs.add(exact, frozen)
-        agreeing += int((exact.argmax(-1) == frozen.argmax(-1)).sum()) if exact.ndim else 1
-    if unseen := [name for name, errors in by_layer.items() if not errors._count]:
-        raise ValueError(f"the batches must reach every adapted layer, but none reached {', '.join(unseen)}")
+        if not exact.isfinite().all():
+            raise ValueError(f"{what} must give finite values, but the model's outputs are not finite")
+        outputs.add(*(y if y.ndim <= 3 else y.flatten(1) for y in (exact, frozen)))
+        agreeing.append(_agreeing(exact, frozen))
+    if unseen := [name for name, errors in by_layer.items() if not errors.count]:
+        raise ValueError(f"{what} must reach every adapted layer, but none reached {', '.join(unseen)}")
     costs = {name: errors.cost(of_update=True) for name, errors in by_layer.items()}
-    total = outputs.cost(of_update=False)
-    return LoraReport(max(len(A) for A, _ in factors.values()), costs, total, agreeing / total.count)
+    agreed = [count for count in agreeing if count is not None]
+    agreement = sum(agreed) / outputs.count if len(agreed) == len(agreeing) else None
+    return LoraReport(max(len(A) for A, _ in factors.values()), costs, outputs.cost(of_update=False), agreement)
+
+
+def _agreeing(exact: Tensor, frozen: Tensor) -> int | None:
+    """How many vectors have their largest entry in the same place; None if they are no scores of classes."""
+    if not 1 <= exact.ndim <= 3 or exact.shape[-1] < 2:
+        return None
+    return int((exact.argmax(-1) == frozen.argmax(-1)).sum())
 
 
 @contextmanager
@@ -280,6 +395,23 @@ def _hooked(layers: Mapping[str, MoRLinear], act: Callable[[str, Tensor, Tensor]
             handle.remove()
 
 
+def _inside(module: nn.Module) -> nn.Module:
+    # Wrappers of torch.compile are told by their child: to import their class takes seconds.
+    return module._modules.get("_orig_mod") or module
+
+
+@contextmanager
+def _uncompiled(model: nn.Module) -> Iterator[nn.Module]:
+    """Within the context nothing is wrapped by torch.compile, whose wrappers have names of their own."""
+    model = _inside(model)
+    wrapped = {module: _inside(module) for module in model.modules() if _inside(module) is not module}
+    replace_modules(model, wrapped)
+    try:
+        yield model
+    finally:
+        replace_modules(model, {original: wrapper for wrapper, original in wrapped.items()})
+
+
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     training = {module: module.training for module in model.modules()}
@@ -295,16 +427,38 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 def _call(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return model(**batch)
-    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+    if not isinstance(batch, (tuple, list)):
+        return model(batch)
+    try:
+        return model(*batch)
+    except Exception as error:
+        # Most likely labels from a data loader, but what a second argument means only the model knows.
+        if len(batch) < 2 or isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ValueError(
+            f"a batch must be a tensor, a tuple of the model's positional arguments or a dict of keyword arguments, so"
+            f" without labels ([x for x, _ in loader]); with {len(batch)} arguments the model fails: {error}"
+        ) from error
 
 
 def _output(output: Any) -> Tensor:
-    """The tensor to judge by: what the model returns, its ``logits``, or the first tensor in it."""
-    output = getattr(output, "logits", output)
+    """The tensor to judge by: what the model returns, its ``logits``, or the first tensor of floats in it."""
+    for tensor in _tensors(getattr(output, "logits", output)):
+        if tensor.is_floating_point():
+            return tensor
+    raise ValueError(f"the model must return floating-point tensors to be measured, got {type(output).__name__}")
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
     if isinstance(output, Tensor):
-        return output
-    values = output.values() if isinstance(output, Mapping) else output
-    return next(value for value in values if isinstance(value, Tensor))
+        yield output
+    elif isinstance(output, (tuple, list)):
+        for item in output:
+            yield from _tensors(item)
+    elif isinstance(output, Mapping):
+        yield from _tensors(tuple(output.values()))
+    elif dataclasses.is_dataclass(output):
+        yield from _tensors(vars(output))
 
 
 def _as_list(values: str | Sequence[str]) -> list[str]:

@@ -3,17 +3,19 @@
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as serialise
 from torch import Tensor
 
-from mor.checkpoint import CONFIG_OF_PEFT, METHOD_OF_PEFT, read_folder, write_folder
+from mor.checkpoint import CONFIG as CONFIG_OF_MOR
+from mor.checkpoint import CONFIG_OF_PEFT, FORMAT, METHOD_OF_PEFT, read_folder, write_folder
+from mor.checkpoint import TENSORS as TENSORS_OF_MOR
 from mor.config import MoRConfig
 from mor.files import write_atomically
 
@@ -42,11 +44,11 @@ def to_peft(directory: str | os.PathLike[str], peft_directory: str | os.PathLike
 
     Args:
         directory: A folder written by :func:`mor.save`. Its other parts, such as a head, become ``modules_to_save``.
-        peft_directory: Made if need be; an adapter that is there is replaced.
+        peft_directory: Made if need be; an adapter that is there is replaced, with its README.md.
 
     Raises:
         ValueError: the folder cannot be read, or holds parts that peft cannot hold: parameters of the model itself,
-            or of a module that contains adapted layers.
+            or of a module that contains adapted layers; or files of others are where the new ones belong.
     """
     config, modules, extra, tensors = read_folder(Path(directory))
     description = {
@@ -67,8 +69,10 @@ def from_peft(peft_directory: str | os.PathLike[str], directory: str | os.PathLi
         directory: Made if need be; an adapter that is there is replaced.
 
     Raises:
-        ValueError: the folder is missing or damaged, or holds an adapter of another method.
+        ValueError: the folder is missing or damaged, or holds an adapter of another method; or files of others are
+            where the new ones belong.
     """
+    _refuse_others(Path(directory), {TENSORS_OF_MOR: _are_tensors_of_mor, CONFIG_OF_MOR: _is_config_of_mor})
     folder = Path(peft_directory)
     description, tensors = _read_peft_folder(folder)
     try:
@@ -103,12 +107,73 @@ def write_peft_folder(
     directory: str | os.PathLike[str], description: Mapping[str, Any], tensors: Mapping[str, Tensor], card: str
 ) -> None:
     """The files of an adapter as peft reads them; ``tensors`` by their names in the plain model."""
+    refuse_foreign_files(directory)
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     payload = serialise({PREFIX + name: tensor for name, tensor in tensors.items()}, metadata={"format": "pt"})
     write_atomically(folder / TENSORS, payload)
     write_atomically(folder / CONFIG_OF_PEFT, (json.dumps(description, indent=2) + "\n").encode())
     write_atomically(folder / CARD, card.encode())
+
+
+def refuse_foreign_files(directory: str | os.PathLike[str]) -> None:
+    """Make sure that :func:`write_peft_folder` writes only over what it, or peft, has written.
+
+    Raises:
+        ValueError: the folder has a README.md that is no model card of peft's, or other files that are not peft's.
+    """
+    known = {TENSORS: _are_tensors_of_peft, CONFIG_OF_PEFT: _is_config_of_peft, CARD: _is_card}
+    _refuse_others(Path(directory), known)
+
+
+def _refuse_others(folder: Path, known: Mapping[str, Callable[[Path], bool]]) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} must be a folder, but is a file")
+    others = [name for name, is_known in known.items() if (folder / name).exists() and not is_known(folder / name)]
+    if others:
+        raise ValueError(
+            f"{folder} has files that no adapter was saved with and that would be overwritten: {', '.join(others)};"
+            " choose another folder, or move them away"
+        )
+
+
+def _are_tensors_of_peft(path: Path) -> bool:
+    return any(name.startswith(PREFIX) for name in _header(path)[1])
+
+
+def _are_tensors_of_mor(path: Path) -> bool:
+    return _header(path)[0].get("format") == FORMAT
+
+
+def _is_config_of_peft(path: Path) -> bool:
+    return "peft_type" in _description(path)
+
+
+def _is_config_of_mor(path: Path) -> bool:
+    return _description(path).get("format") == FORMAT
+
+
+def _is_card(path: Path) -> bool:
+    card = path.read_text(encoding="utf-8", errors="replace")
+    head = re.match(r"---\n.*?\n---\n", card, re.DOTALL)
+    return head is not None and "\nlibrary_name: peft\n" in head[0]
+
+
+def _header(path: Path) -> tuple[dict[str, str], list[str]]:
+    """Metadata and names of a file of tensors; nothing of one that is damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}, list(file.keys())
+    except SafetensorError:
+        return {}, []
+
+
+def _description(path: Path) -> dict[str, Any]:
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return {}
+    return description if isinstance(description, dict) else {}
 
 
 def add_note_to_card(folder: Path) -> None:

@@ -3,15 +3,19 @@
     from mor.peft_plugin import MorConfig
     model = peft.get_peft_model(model, MorConfig(target_modules=["qkv", "fc"]))
 
+What `mor` does with an injected model, it does with peft's as follows: :func:`check` here in place of mor.check;
+``with as_injected(model) as (inside, _), mor.record_gates(inside) as record``; ``with model.disable_adapter()`` in
+place of mor.disabled; and mor.to_lora and mor.trainable_parameters as they are.
+
 Shapes: K in, O out, R sum of ranks, G router outputs.
 """
 
 import glob
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, fields
+from functools import partial, wraps
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,8 +26,9 @@ from torch import Tensor, nn
 from mor.checkpoint import METHOD_OF_PEFT
 from mor.config import MoRConfig
 from mor.functional import mor_branch, mor_linear
-from mor.hosts import HostChange, linear_names, prepare, restore
+from mor.hosts import linear_names, prepare, refusals, restore
 from mor.injection import replace_modules
+from mor.inspection import check as check_injected
 from mor.inspection import refuse_injected
 from mor.layer import MoRLinear, call_arguments, has_hooks, is_plain, new_adapter
 from mor.peft_format import add_note_to_card
@@ -65,6 +70,24 @@ if METHOD_OF_PEFT not in PeftType.__members__:
     _add_peft_type(METHOD_OF_PEFT)
 
 
+def _naming_fields(config: type["MorConfig"]) -> type["MorConfig"]:
+    """Have the error about an unknown field say which there are."""
+    init: Callable[..., None] = config.__init__
+
+    @wraps(init)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        known = [field.name for field in fields(config) if field.init]
+        if unknown := [name for name in kwargs if name not in known]:
+            own = [name for name in known if name in config.__annotations__]
+            # peft looks for these words where a file has fields of a later version.
+            raise TypeError(f"MorConfig got an unexpected keyword argument '{unknown[0]}'; it has {', '.join(own)}")
+        init(self, *args, **kwargs)
+
+    config.__init__ = checked  # type: ignore[method-assign]
+    return config
+
+
+@_naming_fields
 @dataclass
 class MorConfig(PeftConfig):
     """Settings of a Mixture-of-Ranks adapter in peft: those of :class:`mor.MoRConfig`, and where it goes.
@@ -109,6 +132,10 @@ class MorConfig(PeftConfig):
         self.exclude_modules = _as_tuple("exclude_modules", self.exclude_modules)
         if isinstance(self.modules_to_save, str):
             raise TypeError(f"modules_to_save must be a list of names, got {self.modules_to_save!r}")
+        numbers = self.layers_to_transform
+        for number in numbers if isinstance(numbers, (list, tuple)) else () if numbers is None else (numbers,):
+            if isinstance(number, bool) or not isinstance(number, int):
+                raise TypeError(f"layers_to_transform must be a whole number or a list of them, got {numbers!r}")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_to_transform must be given where layers_pattern is, got None")
 
@@ -248,7 +275,6 @@ class MorModel(BaseTuner):
 
     prefix = "mor_"
     tuner_layer_cls = MorLinear
-    _host_changes: tuple[HostChange, ...] = ()
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         # peft calls this before it changes anything, so here is the last chance to refuse.
@@ -257,7 +283,9 @@ class MorModel(BaseTuner):
             targets, excluded = _resolve(self.model, peft_config)
             linears = linear_names(self.model)
             # Only now is anything changed: hosts that read weights are made to call their layers.
-            self._host_changes += prepare(self.model, [name for name in targets if name in linears])
+            changes = prepare(self.model, [name for name in targets if name in linears])
+            # On the model, because peft.inject_adapter_in_model gives that back, and throws the tuner away.
+            self.model._mor_host_changes = (*getattr(self.model, "_mor_host_changes", ()), *changes)
         peft_config.target_modules = targets
         peft_config.exclude_modules = excluded
         return peft_config
@@ -290,8 +318,8 @@ class MorModel(BaseTuner):
         """The model with its original layers and hosts, all adapters removed."""
         # Before peft does: it visits a module in several places once, and hands every base its weight anew.
         replace_modules(self.model, {layer: layer.get_base_layer() for layer in _mor_layers(self.model)})
-        restore(self.model, self._host_changes)
-        self._host_changes = ()
+        restore(self.model, getattr(self.model, "_mor_host_changes", ()))
+        self.model._mor_host_changes = ()
         return super().unload()
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -319,6 +347,8 @@ class MorModel(BaseTuner):
             return
         if self.training:
             raise ValueError("adapter_names must not be given in training mode; call model.eval() first")
+        if isinstance(adapter_names, str):
+            raise TypeError(f"adapter_names must be a list with one name for each row, got {adapter_names!r}")
         known = {name for layer in _mor_layers(self.model) for name in layer.mor_A}
         if unknown := sorted(set(adapter_names) - known - {"__base__"}):
             raise ValueError(f"adapter_names must be adapters of the model or '__base__', got {', '.join(unknown)}")
@@ -387,6 +417,26 @@ def as_injected(peft_model: nn.Module) -> Iterator[tuple[nn.Module, list[str]]]:
         replace_modules(model, {layer: original for original, layer in layers.items()})
 
 
+def check(peft_model: nn.Module, example: Any) -> None:
+    """:func:`mor.check` for a model that peft wrapped: make sure that no layer's adapter is dead.
+
+    Args:
+        peft_model: With one active adapter; it is left as it was.
+        example: Of the model inside: a tensor, a tuple of positional arguments or a dict of keyword arguments.
+
+    Raises:
+        ValueError: some adapters are dead (all of them are named), none or several are active, or the model gives
+            values that are not finite.
+
+    >>> model = peft.get_peft_model(nn.Sequential(nn.Linear(4, 3)), MorConfig(target_modules=["0"]))
+    >>> check(model, torch.randn(2, 4))
+    """
+    if not _mor_layers(peft_model):
+        raise ValueError("peft_model must have Mixture-of-Ranks layers, but has none; use get_peft_model first")
+    with as_injected(peft_model) as (model, _):
+        check_injected(model, example)
+
+
 def _resolve(model: nn.Module, config: MorConfig) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
     """Full names of the layers to adapt, and of the modules to leave alone, in the model's order.
 
@@ -412,9 +462,9 @@ def _resolve(model: nn.Module, config: MorConfig) -> tuple[tuple[str, ...], tupl
             f"target_modules must match linear layers only, but match {', '.join(odd)}; leave them out with"
             " exclude_modules"
         )
-    # Raises where a host cannot be made to call a layer, so that an adapter on it would be dead.
-    if callable_by_host := [glob.escape(name) for name in targets if name in linears]:
-        resolve(model, callable_by_host)
+    if refused := refusals(model, [name for name in targets if name in linears]):
+        listed = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
+        raise ValueError(f"an adapter on these layers would do nothing: {listed}; leave them out with exclude_modules")
     return targets, tuple(name for name in names if name in unwanted) or None
 
 
@@ -449,16 +499,21 @@ def _match(
     def matching(target: str) -> set[str]:
         if target in names:
             return {target}
+        chosen = None if layers_pattern else [layers] if isinstance(layers, int) else layers
+        ends = [name for name in names if name.endswith(f".{target}")]
         problem = ""
         try:
-            chosen = None if layers_pattern else [layers] if isinstance(layers, int) else layers
             found = {name for name in resolve(model, [target], layers=chosen) if not layers_pattern or in_layers(name)}
         except ValueError as error:
-            found = {name for name in names if name.endswith(f".{target}") and in_layers(name)}
-            problem = f"; as a role or pattern, {error}"
+            found = set(filter(in_layers, ends))
+            argument, _, rest = str(error).partition(" ")
+            in_peft = {"target": field, "layers": "layers_to_transform"}
+            problem = f"{in_peft.get(argument, argument)} {rest}"
+        if not found and (ends or not problem):
+            by_pattern = f" by layers_pattern {layers_pattern!r}" if layers_pattern else ""
+            problem = f"{field} '{target}' matches nothing in layers_to_transform {layers}{by_pattern}"
         if not found:
-            hint = "" if layers is None else f" in layers_to_transform {layers} by layers_pattern {layers_pattern!r}"
-            raise ValueError(f"{field} '{target}' matches nothing{hint}{problem}")
+            raise ValueError(problem)
         return found
 
     return set().union(*map(matching, wanted))
@@ -492,10 +547,19 @@ def _as_tuple(name: str, values: Any) -> Any:
         except re.error as error:
             raise ValueError(f"{name} must be a regular expression or a list, got {values!r}: {error}") from error
         return values
-    values = tuple(values)
-    if not all(isinstance(value, str) for value in values):
+    names = tuple(values) if isinstance(values, Iterable) else (values,)
+    if not all(isinstance(value, str) for value in names):
         raise TypeError(f"{name} must be a string or a list of strings, got {values!r}")
-    return values
+    return names
+
+
+def _is_not_for_peft(config: MoRConfig) -> None:
+    raise TypeError("peft takes mor.peft_plugin.MorConfig(target_modules=[...], ranks=..., ...), got mor.MoRConfig")
+
+
+# The two names differ by one capital. These are what peft asks a config for first.
+for _asked in ("base_model_name_or_path", "is_prompt_learning", "peft_type"):
+    setattr(MoRConfig, _asked, property(_is_not_for_peft))
 
 
 def _register() -> None:

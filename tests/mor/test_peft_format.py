@@ -4,6 +4,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from safetensors.torch import save as serialise
 from torch import nn
 
 from mor import inject, load, save, trainable_parameters
@@ -161,3 +162,56 @@ def test_the_note_goes_between_metadata_and_text(tmp_path):
     assert card.startswith("---\na: b\n---\n\n## How to load") and card.endswith("```\n# Title\n---\n")
     add_note_to_card(tmp_path)
     assert (tmp_path / "README.md").read_text() == card
+
+
+FOREIGN = {
+    "a text": ("README.md", b"# Results of my project\n"),
+    "a card of something else": ("README.md", b"---\nlibrary_name: timm\n---\nlibrary_name: peft\n"),
+    "another configuration": ("adapter_config.json", b'{"name": "LLaMA-Adapter"}'),
+    "no JSON": ("adapter_config.json", b"[section]"),
+    "tensors": ("adapter_model.safetensors", serialise({"weight": torch.zeros(1)}, metadata={"format": "pt"})),
+    "no tensors": ("adapter_model.safetensors", b"text"),
+}
+
+
+@pytest.mark.parametrize("what", FOREIGN)
+def test_files_of_others_are_not_overwritten(folder, tmp_path, what):
+    name, content = FOREIGN[what]
+    (tmp_path / "peft").mkdir()
+    (tmp_path / "peft" / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"has files that no adapter was saved with .* overwritten: {name}; choose"):
+        to_peft(folder, tmp_path / "peft")
+    assert [path.read_bytes() for path in (tmp_path / "peft").iterdir()] == [content]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", b'{"model_type": "vit"}'),
+        ("adapter.safetensors", serialise({"weight": torch.zeros(1)}, metadata={"format": "pt"})),
+    ],
+)
+def test_a_models_own_files_are_not_overwritten(folder, tmp_path, name, content):
+    to_peft(folder, tmp_path / "peft")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"has files that no adapter was saved with .* overwritten: {name}; choose"):
+        from_peft(tmp_path / "peft", tmp_path / "model")
+    assert [path.read_bytes() for path in (tmp_path / "model").iterdir()] == [content]
+
+
+def test_a_file_is_no_folder(folder, tmp_path):
+    (tmp_path / "peft").write_text("text")
+    with pytest.raises(ValueError, match="peft must be a folder, but is a file"):
+        to_peft(folder, tmp_path / "peft")
+
+
+def test_adapters_may_be_replaced(folder, vit, tmp_path):
+    """Those that this package wrote, and those that peft did."""
+    for _ in range(2):
+        to_peft(folder, tmp_path / "peft")
+        from_peft(tmp_path / "peft", tmp_path / "mor again")
+    peft.get_peft_model(vit, peft.LoraConfig(target_modules=["qkv"])).save_pretrained(tmp_path / "lora")
+    assert (tmp_path / "lora/README.md").exists()
+    to_peft(folder, tmp_path / "lora")
+    assert "Mixture-of-Ranks" in (tmp_path / "lora/README.md").read_text()

@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer  # noqa: E402
 
 import mor  # noqa: E402
 from mor import mor_linear  # noqa: E402
-from mor.peft_plugin import MorConfig, MorLinear, MorModel, as_injected  # noqa: E402
+from mor.peft_plugin import MorConfig, MorLinear, MorModel, as_injected, check  # noqa: E402
 
 
 class MLP(nn.Module):
@@ -169,13 +169,35 @@ def test_settings_are_those_of_mor():
     ("fields", "error"),
     [
         ({"target_modules": [3]}, "target_modules must be a string or a list of strings"),
+        ({"target_modules": 3}, "target_modules must be a string or a list of strings, got 3"),
+        ({"layers_to_transform": "1"}, "layers_to_transform must be a whole number or a list of them, got '1'"),
+        ({"layers_to_transform": [0, "1"]}, r"layers_to_transform must be a whole number .*, got \[0, '1'\]"),
+        ({"layers_to_transform": True}, "layers_to_transform must be a whole number .*, got True"),
+        ({"r": 4}, "unexpected keyword argument 'r'; it has ranks, alphas, bypass, dropout, target_modules, exclude"),
         ({"exclude_modules": [None]}, "exclude_modules must be a string or a list of strings"),
         ({"modules_to_save": "head"}, "modules_to_save must be a list of names, got 'head'"),
     ],
 )
-def test_names_are_strings(fields, error):
+def test_settings_of_the_wrong_kind(fields, error):
     with pytest.raises(TypeError, match=error):
         MorConfig(**fields)
+
+
+def test_fields_of_a_later_version_are_left_out(tmp_path):
+    """peft does so if the error has the words that it looks for."""
+    Case("MLP").wrapped().save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "invented_later": 1}))
+    with pytest.warns(UserWarning, match="Unexpected keyword arguments .'invented_later'."):
+        assert isinstance(PeftConfig.from_pretrained(tmp_path), MorConfig)
+
+
+@pytest.mark.parametrize(
+    "use", [get_peft_model, PeftModel, lambda model, config: peft.inject_adapter_in_model(config, model)]
+)
+def test_the_config_of_mor_is_none_of_peft(use):
+    with pytest.raises(TypeError, match=r"peft takes mor.peft_plugin.MorConfig\(.*, got mor.MoRConfig"):
+        use(MLP(), mor.MoRConfig())
 
 
 def test_a_string_is_a_regular_expression():
@@ -507,6 +529,8 @@ def test_mixed_batches_refuse_what_they_cannot_do():
         model(case.x, adapter_names=["default", "stranger", "other", "other"])
     with pytest.raises(ValueError, match="one name for each row that reaches a layer, got 2 names for 4 rows"):
         model(case.x, adapter_names=["default", "other"])
+    with pytest.raises(TypeError, match="adapter_names must be a list with one name for each row, got 'default'"):
+        model(case.x, adapter_names="default")
     with pytest.raises(ValueError, match="call model.eval"):
         model.train()(case.x, adapter_names=["default"] * 4)
     # Nothing is left behind by the failures.
@@ -648,6 +672,41 @@ def test_gates_of_a_wrapped_model():
     assert snapshot(model) == before
 
 
+class ReadingAttention(nn.Module):
+    """Stands for a host that nobody knows, and that reads a weight instead of calling its layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.fc = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.fc(nn.functional.linear(x, self.qkv.weight, self.qkv.bias))
+
+
+def test_check_finds_dead_adapters():
+    model = get_peft_model(ReadingAttention(), MorConfig(target_modules=["qkv", "fc"]))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="not called in training: qkv; not called in evaluation: qkv;"):
+        check(model, torch.randn(3, 6))
+    assert snapshot(model) == before
+    model.add_adapter("other", MorConfig(target_modules=["fc"]))
+    model.set_adapter("other")
+    check(model, torch.randn(3, 6))
+
+
+def test_check_leaves_a_live_model_as_it_was(case):
+    model = case.trained(modules_to_save=["head"]).train()
+    before, state = snapshot(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    check(model, case.x)
+    assert snapshot(model) == before
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_check_needs_adapters():
+    with pytest.raises(ValueError, match="must have Mixture-of-Ranks layers, but has none; use get_peft_model first"):
+        check(MLP(), torch.randn(4, 6))
+
+
 def test_shared_layers_are_adapted_wherever_they_are():
     shared = nn.Linear(4, 4)
     model = nn.Sequential(shared, nn.ReLU(), nn.ModuleDict({"again": shared})["again"])
@@ -711,11 +770,23 @@ def test_hosts_that_read_weights_are_made_to_call_them(tmp_path):
     assert model.layers[0].activation_relu_or_gelu
 
 
+def test_hosts_inside_a_compiled_model_are_put_back():
+    model = seeded(encoder)
+    wrapped = get_peft_model(torch.compile(model, backend="eager"), MorConfig(target_modules=["linear1"]))
+    assert not model.layers[0].activation_relu_or_gelu
+    wrapped.unload()
+    assert model.layers[0].activation_relu_or_gelu
+
+
 REFUSED = {
     "missing": (MLP, {}, "target_modules must say what to adapt"),
     "empty": (MLP, {"target_modules": []}, "target_modules must say what to adapt"),
-    "misspelt": (MLP, {"target_modules": ["lin0", "lin7"]}, "target_modules 'lin7' matches nothing; .*names are lin0"),
-    "no match": (VIT, {"target_modules": r"block\..*"}, "matches nothing"),
+    "misspelt": (
+        MLP,
+        {"target_modules": ["lin0", "lin7"]},
+        "^target_modules 'lin7' matches no nn.Linear; .*names are lin0",
+    ),
+    "no match": (VIT, {"target_modules": r"block\..*"}, "matches no nn.Linear"),
     "a convolution": (VIT, {"target_modules": ["patch_embed.proj"]}, r"linear layers only, but match patch_embed.proj"),
     "a container": (VIT, {"target_modules": r"blocks\.0\.mlp.*"}, r"blocks.0.mlp \(Mlp\)"),
     "dead by name": (AttentionPool2d, {"target_modules": ["c_proj"]}, "c_proj: the attention pool"),
@@ -730,13 +801,23 @@ REFUSED = {
     "exclusion": (
         MLP,
         {"target_modules": "lin0", "exclude_modules": ["lin7"]},
-        "exclude_modules 'lin7' matches nothing",
+        "^exclude_modules 'lin7' matches no nn.Linear; .*names are lin0",
     ),
     "all excluded": (MLP, {"target_modules": "lin0", "exclude_modules": "lin.*"}, "must leave a layer"),
     "layers": (
         VIT,
         {"target_modules": ["attn.qkv"], "layers_to_transform": [7], "layers_pattern": "blocks"},
-        r"'attn.qkv' matches nothing in layers_to_transform \[7\] by layers_pattern 'blocks'",
+        r"'attn.qkv' matches nothing in layers_to_transform \[7\] by layers_pattern 'blocks'$",
+    ),
+    "layers, counted": (
+        VIT,
+        {"target_modules": ["attn.qkv"], "layers_to_transform": [7]},
+        r"'attn.qkv' matches nothing in layers_to_transform \[7\]$",
+    ),
+    "layers of a role": (
+        VIT,
+        {"target_modules": ["fc"], "layers_to_transform": [7]},
+        r"^layers_to_transform must be blocks of the model, which has 3, got \[7\]$",
     ),
     "injected": (lambda: mor.inject(VIT(), "fc"), {"target_modules": "qkv"}, "has Mixture-of-Ranks layers already"),
 }
@@ -757,7 +838,7 @@ def test_refused_before_anything_is_touched(what):
 def test_a_refused_further_adapter_leaves_the_first(case):
     model = case.trained()
     before, expected = snapshot(model), model(case.x)
-    with pytest.raises(ValueError, match="matches nothing"):
+    with pytest.raises(ValueError, match="matches no nn.Linear"):
         model.add_adapter("other", MorConfig(target_modules=[*case.fields["target_modules"], "lin7"]))
     assert snapshot(model) == before and list(model.peft_config) == ["default"]
     assert torch.equal(model(case.x), expected)
