@@ -154,9 +154,7 @@ def test_a_head_of_zeros_hides_nothing(vit, images):
 def test_a_frozen_scale_of_zeros_is_named(vit, images):
     nn.init.zeros_(vit.blocks[1].norm2.weight)
     nn.init.zeros_(vit.blocks[1].norm2.bias)
-    message = (
-        r"blocks.1.mlp.fc1.* \(frozen parameters that are all zero: blocks.1.norm2.*\); .* train or set them first"
-    )
+    message = r"blocks.1.mlp.fc1.* \(frozen parameters that are all zero: blocks.1.norm2.*train or set them first"
     with pytest.raises(ValueError, match=message):
         check(inject(vit, "fc"), images)
 
@@ -277,9 +275,7 @@ def test_preview_shows_layers_without_a_role(vit):
 
 
 def test_an_example_that_is_at_fault_is_named(vit, images):
-    with pytest.raises(
-        ValueError, match=r"example must hold at least one image, got a tensor of shape \(0, 3, 16, 16\)"
-    ):
+    with pytest.raises(ValueError, match=r"example must hold at least one image, got a tensor of shape \(0, 3"):
         inject(vit, "fc", example=images[:0])
     model = Net()
     with pytest.raises(ValueError, match="example must hold two or more images, because the model normalises over"):
