@@ -1,8 +1,10 @@
 """Adapters on disk: ``adapter.safetensors`` and a ``config.json`` that says what they belong to."""
 
+import difflib
 import hashlib
 import json
 import os
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -18,7 +20,20 @@ from torch import Tensor, nn
 from mor.config import MoRConfig
 from mor.files import write_atomically
 from mor.hosts import linear_names
-from mor.injection import eject, inject_names, injection_of, mor_layers, trainable_parameters
+from mor.injection import (
+    adapted_names,
+    eject,
+    find_injection,
+    inject_names,
+    injection_of,
+    mor_layers,
+    refuse_moved,
+    remember_extra,
+    trainable_parameters,
+)
+from mor.inspection import refuse_adapted
+from mor.roles import as_strings
+from mor.wrappers import original
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -33,19 +48,25 @@ def save(model: nn.Module, directory: str | os.PathLike[str], extra: str | Seque
     Args:
         model: The module that :func:`mor.inject` was called on.
         directory: Made if need be; an adapter that is there is replaced.
-        extra: fnmatch patterns of further state-dict names, e.g. ``"head.*"`` for a trained head.
+        extra: fnmatch patterns of further state-dict names, e.g. ``"head.*"`` for a trained head. What was loaded
+            so with the adapters is saved again in any case.
 
     Raises:
-        ValueError: the model was not injected, is on the meta device, or a pattern matches nothing.
+        ValueError: the model was not injected, is on the meta device, or a pattern matches nothing; or the directory
+            is a file, or holds another library's config.json.
+        TypeError: an argument is of another kind.
 
-    Parameters that are trainable and not saved, such as a forgotten head, give a warning. The file's hash is part
-    of config.json: a file that was damaged, exchanged or only half written is recognised by :func:`load`. Whether
-    an adapter is later put on the same frozen weights is not checked. What ``fully_shard`` has sharded is gathered, so
-    all processes have to call this, each with a directory of its own; it is loaded before sharding.
+    Layers that were removed from the model since it was injected are not saved. Parameters that are trainable and not
+    saved, such as a forgotten head, give a warning. The file's hash is part of config.json: a file that was damaged,
+    exchanged or only half written is recognised by :func:`load`. Whether an adapter is later put on the same frozen
+    weights is not checked. What ``fully_shard`` has sharded is gathered, so all processes have to call this, each with
+    a directory of its own; it is loaded before sharding.
     """
-    injection = injection_of(model)
-    extra_names, tensors = tensors_to_save(model, extra)
-    write_folder(directory, injection.config, injection.names, extra_names, tensors)
+    folder, injection = _as_folder(directory, "mor.save(model, directory)"), injection_of(model)
+    plain = original(model)
+    refuse_moved(plain, injection)
+    extra_names, tensors = tensors_to_save(plain, extra)
+    write_folder(folder, injection.config, adapted_names(plain, injection), extra_names, tensors)
 
 
 def _gathered(tensor: Tensor) -> Tensor:
@@ -57,6 +78,9 @@ def _gathered(tensor: Tensor) -> Tensor:
 def load(model: Model, directory: str | os.PathLike[str]) -> Model:
     """Read what :func:`save` wrote into ``model``, in place: a plain one is injected first.
 
+    As after :func:`mor.inject`, the adapters alone are trainable: to go on with a head that was saved as ``extra``,
+    unfreeze it again. :func:`mor.eject` leaves what was loaded so as it is.
+
     Args:
         model: A model of the same architecture as the saved one, plain, or injected with the same settings.
         directory: A folder written by :func:`save`.
@@ -67,39 +91,45 @@ def load(model: Model, directory: str | os.PathLike[str]) -> Model:
     Raises:
         ValueError: the folder is missing, damaged or of another kind, or does not fit the model; missing,
             unexpected and mismatched names come in one message, and the model is left as it was.
-        TypeError: a layer to adapt is none that :class:`mor.MoRLinear` takes.
+        TypeError: an argument is of another kind, or a layer to adapt is none that :class:`mor.MoRLinear` takes.
     """
-    folder = Path(directory)
+    plain, folder = original(model), _as_folder(directory, "mor.load(model, directory)")
     config, modules, extra, tensors = read_folder(folder)
-    injected = getattr(model, "_mor_injection", None)
-    if injected is not None and (injected.config, set(injected.names)) != (config, set(modules)):
+    injected = find_injection(plain)
+    present = [] if injected is None else adapted_names(plain, injected)
+    if injected is not None and (injected.config, set(present)) != (config, set(modules)):
         raise ValueError(
             f"the adapter in {folder} was made with {config} on {len(modules)} layers, but the model has"
-            f" {injected.config} on {len(injected.names)}; call mor.eject on it first"
+            f" {injected.config} on {len(present)}; call mor.eject on it first"
         )
     if injected is None:
-        plain = linear_names(model)
-        absent = [name for name in modules if name not in plain]
+        refuse_adapted(plain)
+        linears = linear_names(plain)
+        absent = [name for name in modules if name not in linears]
         if absent:
             raise ValueError(f"the adapter in {folder} does not fit the model, which lacks the layers {_few(absent)}")
-        inject_names(model, modules, config)
+        inject_names(plain, modules, config)
     try:
-        _copy(model, tensors, extra, folder)
-    except Exception:
+        _copy(plain, tensors, extra, folder)
+    except BaseException:
         if injected is None:
-            eject(model)
+            eject(plain)
         raise
+    remember_extra(plain, extra)
     return model
 
 
 def tensors_to_save(model: nn.Module, extra: str | Sequence[str]) -> tuple[list[str], dict[str, Tensor]]:
-    """Names of the parts that ``extra`` means, and copies of these and of the adapters on the CPU.
+    """Names of the parts that ``extra`` means or that were loaded, and copies of these and the adapters on the CPU.
 
     Parameters that are trainable and not among them give a warning.
     """
-    state = model.state_dict()
+    model = original(model)
+    state, injection = model.state_dict(), find_injection(model)
     adapter = _adapter_names(model)
-    extra_names = _match_extra(state, adapter, [extra] if isinstance(extra, str) else extra)
+    loaded = set() if injection is None else set(injection.extra)
+    matched = _match_extra(state, adapter, as_strings("extra", extra))
+    extra_names = [name for name in state if name in loaded or name in matched]
     saved = [*adapter, *extra_names]
     if any(state[name].is_meta for name in saved):
         raise ValueError("model must hold its weights to be saved, but it is on the meta device")
@@ -121,6 +151,8 @@ def write_folder(
     tensors: Mapping[str, Tensor],
 ) -> None:
     """The two files of an adapter; ``tensors`` are :func:`portable`."""
+    folder = Path(directory)
+    _refuse_foreign(folder)
     payload = serialise(dict(tensors), metadata={"format": FORMAT})
     description = {
         "format": FORMAT,
@@ -131,10 +163,31 @@ def write_folder(
         "sha256": hashlib.sha256(payload).hexdigest(),
         "torch": torch.__version__,
     }
-    folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / TENSORS, payload)
     write_atomically(folder / CONFIG, (json.dumps(description, indent=2) + "\n").encode())
+
+
+def _as_folder(directory: Any, call: str) -> Path:
+    if not isinstance(directory, (str, os.PathLike)):
+        raise TypeError(f"directory must be a path, got {type(directory).__name__}; it is {call}")
+    return Path(directory)
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Another library's folder keeps its config.json, without which what it describes is lost."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"directory must be a folder, but {folder} is a file")
+    if not (folder / CONFIG).exists():
+        return
+    try:
+        description = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except ValueError:
+        description = None
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        raise ValueError(
+            f"{folder / CONFIG} is not of this package and would be overwritten; give the adapter a folder of its own"
+        )
 
 
 def _copy(model: nn.Module, tensors: Mapping[str, Tensor], extra: Sequence[str], folder: Path) -> None:
@@ -171,11 +224,21 @@ def _adapter_names(model: nn.Module) -> list[str]:
 
 
 def _match_extra(state: Mapping[str, Any], adapter: Sequence[str], patterns: Sequence[str]) -> list[str]:
-    others = [name for name in state if name not in set(adapter)]
+    of_adapters = set(adapter)
+    others = [name for name in state if name not in of_adapters]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in others):
-            raise ValueError(f"extra '{pattern}' matches nothing in the model's state; names are {_few(others)}")
+            raise ValueError(f"extra '{pattern}' matches nothing in the model's state; {_meant(pattern, others)}")
     return [name for name in others if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def _meant(pattern: str, names: Sequence[str]) -> str:
+    if any(name.startswith(f"{pattern}.") for name in names):
+        return f"did you mean '{pattern}.*'?"
+    close = difflib.get_close_matches(pattern, names, cutoff=0.5)
+    # What is saved besides adapters is a head, as a rule, and heads come last.
+    heads = [name for name in names if re.search(r"head|classif|(^|\.)fc\.", name)]
+    return f"names are {_few(list(dict.fromkeys([*close, *heads, *reversed(names)])))}"
 
 
 def read_folder(folder: Path) -> tuple[MoRConfig, list[str], list[str], dict[str, Tensor]]:
@@ -197,6 +260,8 @@ def read_folder(folder: Path) -> tuple[MoRConfig, list[str], list[str], dict[str
         )
     if hashlib.sha256(payload).hexdigest() != description.get("sha256"):
         raise ValueError(f"{folder / TENSORS} is damaged, or not the file that {CONFIG} was written with")
+    if absent := [key for key in ("mor", "modules", "extra") if key not in description]:
+        raise ValueError(f"{folder / CONFIG} lacks {', '.join(map(repr, absent))}")
     try:
         return (
             MoRConfig.from_dict(description["mor"]),
@@ -204,7 +269,7 @@ def read_folder(folder: Path) -> tuple[MoRConfig, list[str], list[str], dict[str
             [str(name) for name in description["extra"]],
             dict(sorted(load_tensors(payload).items())),
         )
-    except (KeyError, TypeError, ValueError, SafetensorError) as error:
+    except (TypeError, ValueError, SafetensorError) as error:
         raise ValueError(f"the adapter in {folder} is damaged: {error}") from error
 
 

@@ -1,7 +1,7 @@
 """What a Mixture-of-Ranks layer looks like: ranks, their scaling, the router's bypass."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from numbers import Integral, Real
 from typing import Any, Self
 
@@ -91,6 +91,28 @@ class MoRConfig:
         if unknown:
             raise ValueError(f"unknown field of MoRConfig: {', '.join(unknown)}; known are {', '.join(sorted(known))}")
         return cls(**values)
+
+
+def make_config(config: Any, config_fields: Mapping[str, Any]) -> MoRConfig:
+    """A config, or the default one, with some fields replaced.
+
+    Raises:
+        TypeError: ``config`` is something else, or there is no such field.
+    """
+    known = [item.name for item in fields(MoRConfig)]
+    if config is not None and not isinstance(config, MoRConfig):
+        hint = ", whose .mor is one" if isinstance(getattr(config, "mor", None), MoRConfig) else ""
+        got = f"the class {config.__name__}" if isinstance(config, type) else type(config).__name__
+        raise TypeError(
+            f"config must be a mor.MoRConfig, or be left out and its fields given as keywords ({', '.join(known)}),"
+            f" got {got}{hint}"
+        )
+    if unknown := [f"{name}={value!r}" for name, value in config_fields.items() if name not in known]:
+        raise TypeError(
+            f"unknown keyword {', '.join(unknown)}; the fields of mor.MoRConfig are {', '.join(known)}, with one rank"
+            " (and alpha) per expert, such as ranks=(2, 4, 8)"
+        )
+    return replace(config or MoRConfig(), **config_fields)
 
 
 def _as_tuple(name: str, values: Any, kind: type) -> tuple[Any, ...]:

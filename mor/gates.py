@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mor.injection import mor_layers
 from mor.layer import MoRLinear
+from mor.wrappers import refuse_peft
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ def record_gates(model: nn.Module) -> Iterator[GateRecord]:
     """
     layers = {name: layer for name, layer in mor_layers(model).items() if layer.mor_router is not None}
     if not layers:
+        refuse_peft(model, "mor.peft_plugin.as_injected(peft_model), which gives a model for mor.record_gates")
         raise ValueError("the model has no Mixture-of-Ranks layer with a router, so there are no gates to record")
     record = GateRecord()
 

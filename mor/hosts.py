@@ -114,7 +114,7 @@ def refusals(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
 
 
 def note(model: nn.Module, name: str) -> str:
-    """How a layer's host will treat its adapter, in a few words."""
+    """How a layer's host will treat its adapter, in a few words; "plain" if nothing is known against it."""
     needs = [need for _, need in _needs(model, name)]
     if any(need.refusal for need in needs):
         return "refused: " + next(need.refusal for need in needs if need.refusal)
@@ -122,7 +122,7 @@ def note(model: nn.Module, name: str) -> str:
         return "attention replaced"
     if needs:
         return f"host flag {', '.join(dict.fromkeys(need.attribute for need in needs))}"
-    return "called"
+    return "plain"
 
 
 def prepare(model: nn.Module, names: Iterable[str]) -> tuple[HostChange, ...]:
@@ -152,9 +152,23 @@ def prepare(model: nn.Module, names: Iterable[str]) -> tuple[HostChange, ...]:
 
 
 def restore(model: nn.Module, changes: Sequence[HostChange]) -> None:
-    """Undo :func:`prepare`; the layers must be the original ones again."""
+    """Undo :func:`prepare`; the layers must be the original ones again. Hosts that are gone are passed over."""
+    gone = lost_hosts(model, changes)
     for change in changes:
-        _set(model.get_submodule(change.module), change.attribute, change.before)
+        if change not in gone:
+            _set(model.get_submodule(change.module), change.attribute, change.before)
+
+
+def lost_hosts(model: nn.Module, changes: Iterable[HostChange]) -> list[HostChange]:
+    """The changes to modules that are no longer in their places."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    return [change for change in changes if not _is_in_place(modules.get(change.module), change)]
+
+
+def _is_in_place(module: nn.Module | None, change: HostChange) -> bool:
+    if change.attribute == "__class__":
+        return isinstance(module, change.after)
+    return hasattr(module, change.attribute)
 
 
 def _set(module: nn.Module, attribute: str, value: Any) -> None:

@@ -4,19 +4,21 @@ import dataclasses
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mor.config import MoRConfig
+from mor.config import MoRConfig, make_config
 from mor.hosts import identity, linear_names, note
 from mor.layer import MoRLinear, has_hooks, mor_layers
-from mor.roles import collapse, find_blocks, matching_names, role_of
+from mor.roles import collapse, find_blocks, role_of, select
+from mor.wrappers import original, refuse_peft
 
 # With stochastic depth, a layer may be skipped by chance; one that is skipped this often is dead.
 DRAWS = 10
+WITHOUT_ROLE = "without a role"
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,10 @@ class PreviewRow:
     def is_refused(self) -> bool:
         return self.host.startswith("refused")
 
+    @property
+    def is_adapted(self) -> bool:
+        return not self.is_refused and self.host != WITHOUT_ROLE
+
 
 @dataclass(frozen=True)
 class Preview:
@@ -44,12 +50,13 @@ class Preview:
 
     @property
     def layers(self) -> int:
-        return sum(row.layers for row in self.rows)
+        """Those that would be adapted: neither refused nor without a role."""
+        return sum(row.layers for row in self.rows if row.is_adapted)
 
     @property
     def parameters(self) -> int:
         """Trainable ones, of all layers together."""
-        return sum(row.parameters for row in self.rows)
+        return sum(row.parameters for row in self.rows if row.is_adapted)
 
     def __str__(self) -> str:
         header = ("layers", "name", "role", "in x out", "parameters", "host")
@@ -73,30 +80,35 @@ def preview(
 ) -> Preview:
     """What :func:`mor.inject` with the same arguments would adapt; nothing is changed.
 
-    The last column says how the module around a layer will treat the adapter: "called" (it calls the layer already),
-    "host flag" or "attention replaced" (it will, once injected), or why the layer is refused.
+    The last column says what is known of the module around a layer: "plain" (no obstacle; :func:`mor.check` makes
+    sure), "host flag" or "attention replaced" (it would not call the layer, and will, once injected), or why the layer
+    is refused. "without a role" are layers of a block that the target "all" does not know and leaves out. The sums
+    hold what would be adapted.
 
     Raises:
-        ValueError: as :func:`mor.inject`, but for layers that it refuses.
+        ValueError, TypeError: as :func:`mor.inject`, but for layers that it refuses; and ``example`` and ``backend``
+            are not taken, because nothing is run.
 
     >>> block = nn.ModuleDict({"attn": nn.Identity(), "mlp": nn.ModuleDict({"fc1": nn.Linear(8, 32)})})
     >>> print(preview(nn.Sequential(block), "fc", ranks=(1, 2)))
     layers  name       role  in x out  parameters  host
-         1  *.mlp.fc1  fc1   8 x 32           147  called
+         1  *.mlp.fc1  fc1   8 x 32           147  plain
          1  in all                            147
     """
-    refuse_injected(model)
-    if config_fields:
-        config = replace(config, **config_fields) if config else MoRConfig(**config_fields)
-    config = config or MoRConfig()
-    names = matching_names(model, targets, exclude, layers)
-    roles, sizes = role_of(model, names), linear_names(model)
+    for name in {"example", "backend"} & set(config_fields):
+        raise TypeError(f"mor.preview has no {name}, because it runs nothing; mor.inject has")
+    model, config = original(model), make_config(config, config_fields)
+    refuse_adapted(model)
+    selection = select(model, targets, exclude, layers)
+    roles, sizes = role_of(model, selection.names), linear_names(model)
+    hosts = {name: _host_note(model, name) for name in selection.names}
+    hosts |= dict.fromkeys(selection.without_role, WITHOUT_ROLE)
     counts: dict[tuple[str, str, int, int, str], int] = {}
     # A layer in two places is one layer.
-    first = {identity(model, name): name for name in reversed(names)}
-    for name in names:
+    first = {identity(model, name): name for name in reversed(hosts)}
+    for name, host in hosts.items():
         if first[identity(model, name)] == name:
-            key = (collapse(name), roles[name], *sizes[name], _host_note(model, name))
+            key = (collapse(name), roles.get(name, ""), *sizes[name], host)
             counts[key] = counts.get(key, 0) + 1
     rank, gates = sum(config.ranks), config.router_outputs
     return Preview(
@@ -122,13 +134,20 @@ def check(model: nn.Module, example: Any) -> None:
 
     Raises:
         ValueError: some adapters are dead (all of them are named), the model has none, or it gives values that
-            are not finite.
+            are not finite; or the example is at fault: it is empty, or a single image for a model that normalises
+            over the batch.
     """
+    model = original(model)
     layers = mor_layers(model)
     if not layers:
+        refuse_peft(model, "mor.peft_plugin.check(peft_model, example)")
         raise ValueError("the model has no Mixture-of-Ranks layers to check; call mor.inject on it first")
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         raise ValueError("model must hold its weights to be checked, but it is on the meta device")
+    if any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
+        raise ValueError("model must be made outside of torch.inference_mode, or nothing in it can get a gradient")
+    if empty := [tuple(tensor.shape) for tensor in _tensors(example) if not tensor.numel()]:
+        raise ValueError(f"example must hold at least one image, got a tensor of shape {empty[0]}")
     if not all(layer.enabled for layer in layers.values()):
         raise ValueError("the adapters must be enabled to be checked; leave mor.disabled first")
     with _everything_restored(model):
@@ -140,14 +159,29 @@ def check(model: nn.Module, example: Any) -> None:
                 faults.setdefault(f"{fault} in {mode}", []).append(name)
     if faults:
         listed = "; ".join(f"{fault}: {', '.join(names)}" for fault, names in faults.items())
-        hint = f" (frozen parameters that are all zero: {', '.join(zeros[:8])})" if zeros else ""
-        raise ValueError(f"some adapters are dead; {listed}{hint}; leave them out with exclude=[...]")
+        hint = (
+            f" (frozen parameters that are all zero: {', '.join(zeros[:8])}); such parameters hide what is in front of"
+            " them: train or set them first, or"
+            if zeros
+            else ";"
+        )
+        raise ValueError(f"some adapters are dead; {listed}{hint} leave the layers out with exclude=[...]")
 
 
 def _host_note(model: nn.Module, name: str) -> str:
     parent, _, child = name.rpartition(".")
     module = model.get_submodule(parent)._modules.get(child)
     return "refused: forward hooks" if isinstance(module, nn.Linear) and has_hooks(module) else note(model, name)
+
+
+def refuse_adapted(model: nn.Module) -> None:
+    """Raise ValueError if there are adapters in the model, this package's or peft's."""
+    refuse_injected(model)
+    refuse_peft(
+        model,
+        "peft.get_peft_model(model, mor.peft_plugin.MorConfig(...)) to put such adapters in, or call its unload()"
+        " before mor.inject",
+    )
 
 
 def refuse_injected(model: nn.Module) -> None:
@@ -186,10 +220,14 @@ def _faults(model: nn.Module, layers: Mapping[str, MoRLinear], example: Any, tra
         if name not in called:
             faults[name] = "not called"
         elif name not in learning:
-            faults[name] = (
-                "without a gradient" if _has_effect(model, layer, example) else "without effect on the output"
-            )
+            faults[name] = "without a gradient" if _has_effect(model, layer, example) else _no_effect(outputs)
     return faults
+
+
+def _no_effect(outputs: Sequence[Tensor]) -> str:
+    narrow = {y.dtype for y in outputs} & {torch.float16, torch.bfloat16}
+    precision = "".join(f" (perhaps only in {dtype}: try a copy in float32)".replace("torch.", "") for dtype in narrow)
+    return f"without effect on the output{precision}"
 
 
 def _learning(model: nn.Module, layers: Mapping[str, MoRLinear], outputs: list[Tensor]) -> set[str]:
@@ -226,10 +264,17 @@ def _has_effect(model: nn.Module, layer: MoRLinear, example: Any) -> bool:
 
 def _run(model: nn.Module, example: Any, seed: int) -> list[Tensor]:
     torch.manual_seed(seed)
-    if isinstance(example, Mapping):
-        outputs = model(**example)
-    else:
-        outputs = model(*(example if isinstance(example, (tuple, list)) else (example,)))
+    try:
+        if isinstance(example, Mapping):
+            outputs = model(**example)
+        else:
+            outputs = model(*(example if isinstance(example, (tuple, list)) else (example,)))
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise ValueError(
+            f"example must hold two or more images, because the model normalises over the batch in training: {error}"
+        ) from error
     tensors = [tensor for tensor in _tensors(outputs) if tensor.is_floating_point()]
     if not tensors:
         raise ValueError(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mor.config import MoRConfig
 from mor.functional import BACKENDS, choose_backend, mor_branch, mor_gates, mor_linear
+from mor.wrappers import original
 
 
 class MoRLinear(nn.Module):
@@ -168,7 +169,13 @@ def call_arguments(
 
 def mor_layers(model: nn.Module) -> dict[str, MoRLinear]:
     """The Mixture-of-Ranks layers of a model by full name, in the model's order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, MoRLinear)}
+    return {name: module for name, module in original(model).named_modules() if isinstance(module, MoRLinear)}
+
+
+def set_requires_grad(parameter: Tensor, value: bool) -> None:
+    """As ``requires_grad_``, also for what was made under torch.inference_mode, where torch allows it only there."""
+    with torch.inference_mode(parameter.is_inference()):
+        parameter.requires_grad_(value)
 
 
 def has_hooks(base: nn.Module) -> bool:

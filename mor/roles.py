@@ -4,8 +4,12 @@ The one place that knows how families of Vision Transformers name their layers.
 """
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from numbers import Integral
+from typing import Any
 
 from torch import nn
 
@@ -14,9 +18,11 @@ from mor.hosts import identity, linear_names, refusals
 # What attentions and MLPs are called inside a block.
 ATTENTION = (
     r"attn|attention|self_attn|self_attention|multihead_attn|temporal_attention|token_mixer|e_mhsa|xca"
-    r"|factoratt_crpe\d?|attn_in|attn_out|attn_layer\.\d"
+    r"|factoratt_crpe\d?|attn_in|attn_out|attn_layer\.\d|msa|mhsa|mha"
 )
-MLP = r"mlp|mlp2|mlp_in|mlp_layer|ffn|feed_forward|net"
+MLP = r"mlp|mlp2|mlp_in|mlp_layer|ffn|feed_?forward|net|MLP|FFN"
+# Inside a block they make biases of positions, or mix heads, and do not see tokens: "all" does not mean them.
+NO_TOKENS = r"(?:.*\.)?(?:rel_pos|cpb_mlp|meta_mlp|\w*position_bias\w*|pos_proj|proj_[lw])(?:\..*)?"
 
 # What the layers of a block are called, relative to the block. In front may stand what is neither an attention nor
 # an MLP (``attn_block.attn.qkv``), so that an MLP inside an attention, which makes position biases, is no "fc".
@@ -25,13 +31,14 @@ PARTS: dict[str, tuple[str, ...]] = {
         "{attention}.(qkv|q|k|v|qk|kv)",  # timm; split: CaiT, XCiT, VOLO, Twins, PVTv2, ConViT, TNT
         "{attention}.(q|k|v)_proj",  # EVA-02; transformers 5; nn.MultiheadAttention with kdim or vdim
         "{attention}.in_proj",  # nn.MultiheadAttention, open_clip: no module until it is adapted
-        "{attention}.w(q|k|v)",  # CrossViT
+        "{attention}.[wW]_?(q|k|v|Q|K|V|qkv)",  # CrossViT; hand-written ones
         "({attention}|[0-9]).to_(qkv|q|k|v|kv|query|key)",  # torchvision MaxViT, SwiftFormer, vit-pytorch
         "{attention}.((self|attention).)?(query|key|value|qkv)",  # transformers 4, Swinv2, Data2Vec, VideoMAE
         "{attention}.(attention.)?projection_(query|key|value)",  # CvT
     ),
     "proj": (
         "{attention}.(proj|o_proj|out_proj|merge|projection|projection_layer)",
+        "{attention}.[wW]_?(o|O)",
         "{attention}.output.dense",  # transformers 4
         "({attention}|[0-9]).to_out(.0)?",  # vit-pytorch
         "attn_out_proj",  # timm *_xp
@@ -56,6 +63,7 @@ PACKED: dict[str, tuple[str, ...]] = {
     "in_proj": ("qkv", "fc1"),  # timm *_xp, *_dpwee
     "out_proj": ("proj", "fc2"),  # timm *_dpwee
 }
+NO_BLOCKS = "no block has such a layer: blocks are elements of an nn.ModuleList or nn.Sequential, with an attention"
 ROLES: dict[str, tuple[str, ...]] = {
     "qkv": ("qkv",),
     "proj": ("proj",),
@@ -64,6 +72,14 @@ ROLES: dict[str, tuple[str, ...]] = {
     "fc2": ("fc2",),
     "all": tuple(PARTS),
 }
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What targets mean: the layers, and those in the same blocks that "all" should have meant and does not know."""
+
+    names: list[str]
+    without_role: list[str]
 
 
 def resolve(
@@ -80,56 +96,68 @@ def resolve(
     Args:
         model: Nothing in it is changed.
         targets: Roles (``ROLES``; looked for inside transformer blocks only), or fnmatch patterns that a full
-            dotted name must match.
+            dotted name must match. "all" warns of linear layers in a block that have no role.
         exclude: The same, taken away again.
-        layers: Numbers of the blocks to keep, counted from 0 in forward order; negative from the end.
+        layers: Numbers of the blocks to keep, counted from 0 as they are registered; negative from the end.
 
     Raises:
+        TypeError: an argument is of another kind.
         ValueError: a target or an exclusion matches nothing, a role is packed with another into one layer, a block
             does not exist, a host cannot be made to call a matching layer, or nothing is left.
     """
-    names = matching_names(model, targets, exclude, layers)
-    refused = refusals(model, names)
+    selection = select(model, targets, exclude, layers)
+    refused = refusals(model, selection.names)
     if refused:
         by_reason: dict[str, list[str]] = {}
         for name, reason in refused.items():
             by_reason.setdefault(reason, []).append(name)
         listed = "; ".join(f"{_listed(names)}: {reason}" for reason, names in by_reason.items())
         raise ValueError(f"an adapter on these layers would do nothing: {listed}; leave them out with exclude=[...]")
-    return names
+    if selection.without_role:
+        patterns = _collapsed(selection.without_role)
+        warnings.warn(
+            f"the target 'all' leaves out {_listed(patterns)}, which have no known role; add them by name (targets="
+            f"['all', '{patterns[0]}']), or name them in exclude",
+            stacklevel=3,
+        )
+    return selection.names
 
 
-def matching_names(
+def select(
     model: nn.Module,
     targets: str | Sequence[str],
     exclude: str | Sequence[str] = (),
     layers: int | Iterable[int] | None = None,
-) -> list[str]:
-    """As :func:`resolve`, with the layers that a host cannot be made to call."""
-    targets, exclude = _as_list("targets", targets), _as_list("exclude", exclude)
+) -> Selection:
+    """As :func:`resolve`, with the layers that a host cannot be made to call, and without a warning."""
+    targets, exclude = as_strings("targets", targets), as_strings("exclude", exclude)
     if not targets:
         raise ValueError("targets must name at least one role or pattern, got none")
+    if isinstance(model, nn.Linear):
+        raise ValueError(
+            "the model itself is a linear layer, and has no place where it could be replaced; wrap it in a module,"
+            " such as nn.Sequential(model)"
+        )
     linears = linear_names(model)
     blocks = dict.fromkeys(find_blocks(model, linears))
-    chosen = None if layers is None else _choose(list(blocks), [layers] if isinstance(layers, int) else layers)
-    part_of: dict[str, str | None] = {}
-    for name in linears:
-        block = _block_of(name, blocks)
-        # The model itself has no parent in which it could be replaced.
-        if name and (chosen is None or block in chosen):
-            part_of[name] = None if block is None else _part(name.removeprefix(block + "."))
+    chosen = None if layers is None else _choose(list(blocks), _layer_numbers(layers))
+    everywhere = _parts(model, linears, blocks)
+    block_of = {name: _block_of(name, blocks) for name in linears}
+    part_of = {name: part for name, part in everywhere.items() if chosen is None or block_of[name] in chosen}
 
     def matching(target: str, what: str) -> list[str]:
-        found = [name for name, part in part_of.items() if _matches(name, part, target)]
-        packed = _packed_with_others(part_of, target)
+        # An exclusion that the choice of layers makes superfluous does no harm.
+        among = part_of if what == "target" else everywhere
+        found = [name for name, part in among.items() if _matches(name, part, target)]
+        packed = _packed_with_others(among, target)
         if packed:
             raise ValueError(
                 f"{what} '{target}' is packed with other roles into {_listed(_collapsed(packed))};"
                 f" name it by the role 'all' or the pattern '*.{packed[0].rpartition('.')[2]}'"
             )
         if not found:
-            where = "" if layers is None else " in the chosen layers"
-            raise ValueError(f"{what} '{target}' matches no nn.Linear{where}; {_candidates(model, part_of, target)}")
+            where = "" if among is everywhere or layers is None else " in the chosen layers"
+            raise ValueError(f"{what} '{target}' matches no nn.Linear{where}; {_candidates(model, among, target)}")
         return found
 
     wanted = {name for target in targets for name in matching(target, "target")}
@@ -142,16 +170,22 @@ def matching_names(
             raise ValueError(f"{name} and {other} are the same layer, so either both can be adapted or none")
     if not names:
         raise ValueError(f"nothing is left of targets {list(targets)} after exclude {list(exclude)}")
-    return names
+    seen = {identity(model, name) for name in (*wanted, *unwanted)}
+    without_role = [
+        name
+        for name, part in part_of.items()
+        if "all" in targets and block_of[name] and not part and identity(model, name) not in seen
+    ]
+    return Selection(names, [name for name in without_role if not re.fullmatch(NO_TOKENS, name)])
 
 
 def role_of(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     """The part of a block ("qkv", "proj", "fc1", "fc2", "qkv+fc1", ...) that each name is, "" if it is none."""
-    blocks = dict.fromkeys(find_blocks(model, linear_names(model)))
+    linears = linear_names(model)
+    part_of = _parts(model, linears, dict.fromkeys(find_blocks(model, linears)))
     roles = {}
     for name in names:
-        block = _block_of(name, blocks)
-        part = None if block is None else _part(name.removeprefix(block + "."))
+        part = part_of.get(name)
         roles[name] = "" if part is None else "+".join(PACKED.get(part, (part,)))
     return roles
 
@@ -172,7 +206,9 @@ def find_blocks(model: nn.Module, linears: Iterable[str]) -> list[str]:
         if isinstance(module, (nn.ModuleList, nn.Sequential))
         for child in module._modules
     }
-    linears, named = list(linears), [*modules, *linears]
+    alias = _aliases(model)
+    linears = [alias(name) for name in linears]
+    named = [*map(alias, modules), *linears]
     attention = _elements_with(elements, named, _HOLDS_ATTENTION) & _elements_with(elements, linears, _ANY_ROLE)
     whole = _smallest(attention & _elements_with(elements, named, _HOLDS_MLP))
     stages = _enclosing(whole)
@@ -181,11 +217,45 @@ def find_blocks(model: nn.Module, linears: Iterable[str]) -> list[str]:
     return [element for element in elements if element in blocks]
 
 
-def _as_list(name: str, values: str | Sequence[str]) -> list[str]:
-    values = [values] if isinstance(values, str) else list(values)
-    if not all(isinstance(value, str) for value in values):
+def as_strings(name: str, values: Any) -> list[str]:
+    """One string or several as a list."""
+    listed = [values] if isinstance(values, str) else list(values) if isinstance(values, Iterable) else [values]
+    if not all(isinstance(value, str) for value in listed):
         raise TypeError(f"{name} must be strings, got {values!r}")
-    return values
+    return listed
+
+
+def _aliases(model: nn.Module) -> Callable[[str], str]:
+    """A module's full name, with any nn.MultiheadAttention in it called "attn", whatever its name is."""
+    attentions = {
+        name
+        for name, module in model.named_modules(remove_duplicate=False)
+        if name and isinstance(module, nn.MultiheadAttention)
+    }
+
+    def alias(name: str) -> str:
+        inside = next((prefix for prefix in (name, *_enclosing([name])) if prefix in attentions), None)
+        if inside is None:
+            return name
+        # An attention that is nothing but a wrapper of another is the same one.
+        around = re.sub(rf"(?:(?:^|\.)(?:{ATTENTION}))+$", "", inside.rpartition(".")[0])
+        return f"{around}.attn{name.removeprefix(inside)}".lstrip(".")
+
+    return alias
+
+
+def _parts(model: nn.Module, linears: Mapping[str, tuple[int, int]], blocks: Collection[str]) -> dict[str, str | None]:
+    """The part of a block that each linear layer is; the model itself, which has no place in one, is left out."""
+    alias = _aliases(model)
+    parts: dict[str, str | None] = {}
+    for name, (inputs, outputs) in linears.items():
+        block = _block_of(name, blocks)
+        parts[name] = None if block is None else _part(alias(name).removeprefix(block + "."))
+        # The output of a gated MLP is w2 with some and w3 with others; the factor beside w1 has its shape.
+        if parts[name] == "fc2" and inputs != outputs:
+            first = re.sub(r"\bw[23]$", "w1", name)
+            parts[name] = "fc1" if first != name and linears.get(first) == (inputs, outputs) else "fc2"
+    return parts
 
 
 def _compile(names: Iterable[str]) -> re.Pattern[str]:
@@ -244,6 +314,15 @@ def _packed_with_others(part_of: Mapping[str, str | None], target: str) -> list[
     return [name for name, part in part_of.items() if part in PACKED and wanted & {*PACKED[part]} and target != "all"]
 
 
+def _layer_numbers(layers: Any) -> list[int]:
+    numbers: Any = [layers] if isinstance(layers, Integral) else layers
+    if isinstance(numbers, Iterable) and not isinstance(numbers, (str, bytes, Mapping)):
+        numbers = list(numbers)
+        if all(isinstance(number, Integral) and not isinstance(number, bool) for number in numbers):
+            return [int(number) for number in numbers]
+    raise TypeError(f"layers must be numbers of blocks, such as 0, [0, -1] or range(6), got {layers!r}")
+
+
 def _choose(blocks: list[str], layers: Iterable[int]) -> set[str | None]:
     wanted = list(layers)
     if not wanted:
@@ -260,9 +339,11 @@ def _candidates(model: nn.Module, part_of: Mapping[str, str | None], target: str
     known = f"roles are {', '.join(ROLES)}, and names are {_listed(_collapsed(part_of))}"
     if target in ROLES:
         found = dict.fromkeys("+".join(PACKED.get(part, (part,))) for part in part_of.values() if part)
-        blocks = f"its blocks have {', '.join(found)}" if found else "no block has such a layer"
+        blocks = f"its blocks have {', '.join(found)}" if found else NO_BLOCKS
         known = f"{known} ({blocks}){_convolutions(model, target)}"
-        return f"it is a role, for transformer blocks; elsewhere a pattern such as '*{target}*' may fit; {known}"
+        examples = dict.fromkeys(f"*.{name.rpartition('.')[2]}" if "." in name else name for name in part_of)
+        patterns = ", ".join(f"'{pattern}'" for pattern in list(examples)[:3])
+        return f"it is a role, for transformer blocks; elsewhere patterns fit, such as {patterns}; {known}"
     return known
 
 

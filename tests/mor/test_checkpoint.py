@@ -123,7 +123,7 @@ def damaged(tmp_path, how) -> str:
     if how == "lacks a field":
         del description["modules"]
         config.write_text(json.dumps(description))
-        return "is damaged: 'modules'"
+        return "config.json lacks 'modules'"
     config.write_text(json.dumps({**description, "mor": {"ranks": [0]}}))
     return "is damaged: ranks must be"
 
@@ -241,3 +241,86 @@ def test_meta_models_are_refused(trained, tmp_path):
     save(trained, tmp_path)
     with pytest.raises(ValueError, match="on the meta device: blocks.0.attn.qkv.mor_A"):
         load(eject(copy.deepcopy(trained)).to("meta"), tmp_path)
+
+
+def test_the_config_of_another_library_is_not_replaced(trained, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(ValueError, match=r"config.json is not of this package and would be overwritten"):
+        save(trained, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert (tmp_path / "config.json").read_text() == '{"model_type": "vit"}'
+
+
+def test_a_file_is_no_folder(trained, tmp_path):
+    (tmp_path / "adapter").write_text("mine")
+    with pytest.raises(ValueError, match="directory must be a folder, but .*adapter is a file"):
+        save(trained, tmp_path / "adapter")
+    assert (tmp_path / "adapter").read_text() == "mine"
+
+
+def test_compiled_models_have_the_names_of_the_original(trained, plain, images, tmp_path):
+    save(torch.compile(trained, backend="eager"), tmp_path, extra="head.*")
+    assert "_orig_mod" not in (tmp_path / "config.json").read_text()
+    twin = copy.deepcopy(plain)
+    assert torch.equal(load(twin, tmp_path)(images), trained(images))
+    load(torch.compile(plain, backend="eager"), tmp_path)
+    assert torch.equal(plain(images), trained(images))
+
+
+def test_what_was_loaded_besides_is_saved_again(trained, plain, images, tmp_path):
+    save(trained, tmp_path / "one", extra="head.*")
+    model = load(copy.deepcopy(plain), tmp_path / "one")
+    nn.init.normal_(model.head.weight)
+    save(model, tmp_path / "two")
+    assert torch.equal(load(copy.deepcopy(plain), tmp_path / "two")(images), model(images))
+    save(model, tmp_path / "three", extra="norm.*")
+    assert json.loads((tmp_path / "three/config.json").read_text())["extra"] == [
+        "norm.weight",
+        "norm.bias",
+        "head.weight",
+        "head.bias",
+    ]
+    head = model.head.weight.clone()
+    assert torch.equal(eject(model).head.weight, head)
+
+
+def test_loaded_parts_that_are_gone_are_not_saved(trained, plain, tmp_path):
+    save(trained, tmp_path / "one", extra="head.*")
+    model = load(plain, tmp_path / "one")
+    model.head = nn.Identity()
+    save(model, tmp_path / "two")
+    assert json.loads((tmp_path / "two/config.json").read_text())["extra"] == []
+
+
+def test_removed_blocks_are_not_saved(trained, plain, images, tmp_path):
+    trained.blocks, plain.blocks = trained.blocks[:2], plain.blocks[:2]
+    save(trained, tmp_path, extra="head.*")
+    assert torch.equal(load(plain, tmp_path)(images), trained(images))
+    load(trained, tmp_path)
+
+
+def test_moved_blocks_are_refused(vit, tmp_path):
+    inject(vit, "fc", layers=[2])
+    vit.blocks = nn.Sequential(*vit.blocks[2:])
+    with pytest.raises(ValueError, match=r"did not put there \(blocks.0.mlp.fc1"):
+        save(vit, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_swapped_and_odd_arguments(trained, plain, tmp_path):
+    save(trained, tmp_path)
+    with pytest.raises(TypeError, match=r"model must be an nn.Module, got str"):
+        load(str(tmp_path), plain)
+    with pytest.raises(TypeError, match=r"directory must be a path, got VisionTransformer; it is mor.load\(model"):
+        load(plain, trained)
+    with pytest.raises(TypeError, match=r"directory must be a path, got NoneType; it is mor.save\(model"):
+        save(trained, None)
+    with pytest.raises(TypeError, match="extra must be strings, got None"):
+        save(trained, tmp_path, extra=None)
+
+
+def test_a_pattern_of_parts_that_matches_nothing_names_what_could_be_meant(trained, tmp_path):
+    with pytest.raises(ValueError, match=r"extra 'head' matches nothing .*; did you mean 'head\.\*'\?"):
+        save(trained, tmp_path, extra="head")
+    with pytest.raises(ValueError, match=r"names are head.weight, head.bias, norm.bias"):
+        save(trained, tmp_path, extra="classifier.*")

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from mor import MoRConfig
+from mor.config import make_config
 
 
 def test_defaults_are_the_papers():
@@ -73,6 +74,11 @@ def test_numpy_integers_are_integers():
 def test_refuses_what_makes_no_sense(fields, error, message):
     with pytest.raises(error, match=message):
         MoRConfig(**fields)
+
+
+def test_fields_replace_those_of_a_config():
+    assert make_config(None, {}) == MoRConfig()
+    assert make_config(MoRConfig(dropout=0.1), {"ranks": (4,)}) == MoRConfig(ranks=(4,), dropout=0.1)
 
 
 def test_from_dict_names_unknown_fields():

@@ -106,3 +106,10 @@ def test_needs_routers():
     lora = inject(nn.Sequential(nn.Linear(2, 2)), "*", MoRConfig(ranks=(4,), bypass=False))
     with pytest.raises(ValueError, match="no gates to record"), record_gates(lora):
         pass
+
+
+def test_a_compiled_model_has_the_names_of_the_original(vit, images):
+    inject(vit, "fc1")
+    with record_gates(torch.compile(vit, backend="eager")) as record:
+        vit(images)
+    assert list(record.summary()) == [f"blocks.{i}.mlp.fc1" for i in range(3)]

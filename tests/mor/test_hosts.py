@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mor import disabled, eject, inject, load, save, trainable_parameters
+from mor import MoRLinear, disabled, eject, inject, load, save, trainable_parameters
 from mor.hosts import linear_names, note, prepare, restore
 from mor.injection import mor_layers
 
@@ -494,19 +494,49 @@ def test_an_unsupported_host_anywhere_leaves_the_model_untouched(build, targets,
     assert snapshot(model) == before
 
 
-def test_a_layer_that_fails_puts_the_hosts_back(host):
+def test_a_layer_that_fails_puts_the_hosts_back(host, monkeypatch):
     model, _ = host
     last = list(linear_names(model))[-1]
-    model.get_submodule(last).register_forward_hook(lambda *_: None)
     before = snapshot(model)
-    with pytest.raises(ValueError, match="no forward hooks"):
+
+    def fail_at_last(base, config, backend):
+        if base is model.get_submodule(last):
+            raise KeyboardInterrupt
+        return MoRLinear(base, config)
+
+    monkeypatch.setattr("mor.injection.MoRLinear", fail_at_last)
+    with pytest.raises(KeyboardInterrupt):
         inject(model, ["qkv", last])
     assert snapshot(model) == before
+
+
+def encoder_of_two() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    return nn.TransformerEncoder(layer, 2).eval()
+
+
+def test_eject_does_what_can_be_done_after_blocks_were_removed():
+    model, x = encoder_of_two(), torch.randn(2, 3, 8)
+    shorter = copy.deepcopy(model)
+    shorter.layers, model.layers = shorter.layers[:1], inject(model, "all").layers[:1]
+    eject(model)
+    assert not mor_layers(model) and type(model.layers[0].self_attn) is nn.MultiheadAttention
+    assert model.layers[0].activation_relu_or_gelu and all(p.requires_grad for p in model.parameters())
+    assert torch.equal(model(x), shorter(x))
+
+
+def test_eject_refuses_before_changing_anything_where_blocks_were_moved():
+    model = inject(encoder_of_two(), "all", layers=[1])
+    model.layers = model.layers[1:]
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"layers that mor.inject did not put there \(layers.0.self_attn.out_proj"):
+        eject(model)
+    assert snapshot(model) == before and mor_layers(model)
 
 
 def test_notes():
     model = encoder()
     assert note(model, "layers.0.self_attn.in_proj") == "attention replaced"
     assert note(model, "layers.0.linear1") == "host flag activation_relu_or_gelu, use_nested_tensor"
-    assert note(nn.Sequential(nn.Linear(2, 2)), "0") == "called"
+    assert note(nn.Sequential(nn.Linear(2, 2)), "0") == "plain"
     assert note(nn.Sequential(OldBeit()), "0.qkv").startswith("refused: their host adds q_bias")

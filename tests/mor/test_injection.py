@@ -91,7 +91,7 @@ def test_new_layers_follow_the_mode(vit):
 def test_all_or_nothing(vit):
     vit.blocks[2].mlp.fc2.register_forward_hook(lambda *_: None)
     before = snapshot(vit)
-    with pytest.raises(ValueError, match="base must have no forward hooks"):
+    with pytest.raises(ValueError, match=r"cannot be adapted: blocks.2.mlp.fc2; remove the hooks .* exclude"):
         inject(vit, targets="fc")
     assert snapshot(vit) == before
 
@@ -112,7 +112,7 @@ def test_fields_on_top_of_a_config(vit):
 
 def test_a_linear_layer_has_no_place_to_be_replaced_in():
     layer = nn.Linear(4, 4)
-    with pytest.raises(ValueError, match="there is no nn.Linear at all"):
+    with pytest.raises(ValueError, match="the model itself is a linear layer, .*; wrap it in a module"):
         inject(layer, "*")
     assert layer.weight.requires_grad
 
@@ -169,11 +169,71 @@ def test_bad_arguments(vit):
         inject(vit, targets=[3])
     with pytest.raises(TypeError, match="model must be an nn.Module, got str"):
         inject("vit", targets="fc")
-    with pytest.raises(TypeError, match="rank"):
-        inject(vit, targets="fc", rank=4)
+    for keywords in ({"rank": 4}, {"r": 8, "alpha": 16}):
+        with pytest.raises(TypeError, match=r"unknown keyword \w+=\d.*; .* are ranks, alphas, bypass, dropout"):
+            inject(vit, targets="fc", **keywords)
+    for config in ({}, {"ranks": (4,)}, (2, 4), MoRConfig):
+        with pytest.raises(TypeError, match=r"config must be a mor.MoRConfig, or be left out .*, got "):
+            inject(vit, "fc", config)
+    for call in ({"targets": None}, {"targets": 3}, {"targets": "fc", "exclude": None}):
+        with pytest.raises(TypeError, match=f"{list(call)[-1]} must be strings, got"):
+            inject(vit, **call)
+    with pytest.raises(ValueError, match="backend must be one of"):
+        inject(vit, "fc", backend="fast")
     with pytest.raises(ValueError, match="nothing is left"):
         inject(vit, targets="fc", exclude="fc")
     assert snapshot(vit) == before
+
+
+def test_a_config_of_peft_is_named():
+    plugin = pytest.importorskip("mor.peft_plugin")
+    with pytest.raises(TypeError, match=r"got MorConfig, whose .mor is one"):
+        inject(nn.Sequential(nn.Linear(4, 4)), "*", plugin.MorConfig(target_modules=["0"]))
+
+
+def test_the_backend_is_that_of_every_layer(vit):
+    inject(vit, "fc", backend="eager")
+    assert {layer.backend for layer in mor_layers(vit).values()} == {"eager"}
+
+
+def test_an_interrupted_example_leaves_the_model_as_it_was(vit, images):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    vit.head.register_forward_hook(interrupt)
+    before = snapshot(vit)
+    with pytest.raises(KeyboardInterrupt):
+        inject(vit, "fc", example=images)
+    assert snapshot(vit) == before and not hasattr(vit, "_mor_injection")
+
+
+def test_a_model_made_in_inference_mode_is_left_as_it_was():
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"made outside of torch.inference_mode"):
+        inject(model, "*", example=torch.randn(2, 4))
+    assert snapshot(model) == before and not hasattr(model, "_mor_injection")
+    assert snapshot(eject(inject(model, "*"))) == before
+
+
+def test_a_compiled_model_is_the_one_inside(vit, images):
+    compiled = torch.compile(vit, backend="eager")
+    before = compiled(images)
+    assert inject(compiled, "fc", example=images) is compiled
+    train_a_little(compiled)
+    assert "blocks.0.mlp.fc1.mor_A" in trainable_parameters(compiled)
+    assert torch.allclose(compiled(images), vit(images), atol=1e-6) and not torch.allclose(compiled(images), before)
+    with disabled(compiled):
+        assert torch.equal(vit(images), before)
+    assert eject(compiled) is compiled and not mor_layers(vit) and not hasattr(vit, "_mor_injection")
+
+
+def test_disabled_needs_adapters(vit):
+    with pytest.raises(ValueError, match="no Mixture-of-Ranks layers to disable; call mor.inject"), disabled(vit):
+        pass
+    with pytest.raises(TypeError, match="model must be an nn.Module, got str"), disabled("vit"):
+        pass
 
 
 def test_public_names():

@@ -154,7 +154,8 @@ def test_a_head_of_zeros_hides_nothing(vit, images):
 def test_a_frozen_scale_of_zeros_is_named(vit, images):
     nn.init.zeros_(vit.blocks[1].norm2.weight)
     nn.init.zeros_(vit.blocks[1].norm2.bias)
-    with pytest.raises(ValueError, match=r"blocks.1.mlp.fc1.* \(frozen parameters that are all zero: blocks.1.norm2"):
+    message = r"blocks.1.mlp.fc1.* \(frozen parameters that are all zero: blocks.1.norm2.*train or set them first"
+    with pytest.raises(ValueError, match=message):
         check(inject(vit, "fc"), images)
 
 
@@ -220,7 +221,7 @@ def test_preview_is_what_inject_does(vit):
         2,
         32,
         96,
-        "called",
+        "plain",
     )
 
 
@@ -239,7 +240,7 @@ def test_preview_of_hosts_is_a_table():
         "     1  layers.*.self_attn.in_proj  qkv   8 x 24           128  refused: Subclass is a MultiheadAttention,"
         " which only reads their weights",
         "     1  layers.*.linear1            fc1   8 x 16            96  refused: forward hooks",
-        "     4  in all                                             448",
+        "     2  in all                                             224",
     ]
 
 
@@ -255,6 +256,36 @@ def test_preview_counts_a_shared_layer_once():
 def test_preview_needs_a_plain_model_and_matching_targets(vit):
     with pytest.raises(ValueError, match="target 'fc3' matches no"):
         preview(vit, "fc3")
+    with pytest.raises(TypeError, match="mor.preview has no example, because it runs nothing"):
+        preview(vit, "fc", example=torch.zeros(1))
+    with pytest.raises(TypeError, match="model must be an nn.Module, got str"):
+        preview("vit", "fc")
     inject(vit, "fc")
     with pytest.raises(ValueError, match="already"):
         preview(vit, "fc")
+
+
+def test_preview_shows_layers_without_a_role(vit):
+    vit.blocks[0].mixer = nn.Linear(32, 32)
+    shown = preview(vit, "all")
+    row = shown.rows[-1]
+    assert (row.name, row.role, row.layers, row.host) == ("blocks.*.mixer", "", 1, "without a role")
+    assert shown.layers == 12 and shown.parameters == preview(vit, "all", exclude="*.mixer").parameters
+    assert all(row.is_adapted for row in preview(vit, "fc").rows)
+
+
+def test_an_example_that_is_at_fault_is_named(vit, images):
+    with pytest.raises(ValueError, match=r"example must hold at least one image, got a tensor of shape \(0, 3"):
+        inject(vit, "fc", example=images[:0])
+    model = Net()
+    with pytest.raises(ValueError, match="example must hold two or more images, because the model normalises over"):
+        inject(model, "all", example=torch.randn(1, 8))
+    assert not mor_layers(vit) and not mor_layers(model)
+    with pytest.raises(TypeError, match="model must be an nn.Module, got str"):
+        check("vit", images)
+
+
+def test_effects_below_the_precision_are_no_fault_of_the_adapter():
+    model = inject(Net("unused").half(), "fc")
+    with pytest.raises(ValueError, match=r"without effect on the output \(perhaps only in float16: try .* float32\)"):
+        check(model, torch.randn(4, 8).half())

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -198,10 +199,93 @@ def test_a_target_that_matches_nothing(vit, call, message):
 
 
 def test_a_role_outside_of_blocks_says_so():
-    with pytest.raises(ValueError, match=r"it is a role, .* a pattern such as '\*fc\*'"):
-        resolve(nn.ModuleDict({"fc": nn.Linear(2, 2)}), ["fc"])
+    model = nn.ModuleDict({"fc": nn.Linear(2, 2), "tower": nn.ModuleDict({"key": nn.Linear(2, 2)})})
+    message = r"it is a role, .* such as 'fc', '\*.key'; .* blocks are elements of an nn.ModuleList or nn.Sequential"
+    with pytest.raises(ValueError, match=message):
+        resolve(model, ["qkv"])
+    assert resolve(model, ["*.key"]) == ["tower.key"]
 
 
 def test_a_model_without_linear_layers():
     with pytest.raises(ValueError, match="there is no nn.Linear at all"):
         resolve(nn.Sequential(nn.Conv2d(3, 4, 1)), ["fc"])
+
+
+class Attention(nn.Module):
+    """As many write it by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.Wq, self.Wk, self.Wv, self.Wo = (nn.Linear(8, 8) for _ in range(4))
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+
+
+@pytest.mark.parametrize(
+    ("attention", "of_attention"),
+    [
+        (Attention, {"Wq": "qkv", "Wk": "qkv", "Wv": "qkv", "Wo": "proj"}),
+        (lambda: nn.MultiheadAttention(8, 2), {"in_proj": "qkv", "out_proj": "proj"}),
+    ],
+)
+@pytest.mark.parametrize("name", ["attn", "mha", "msa"])
+@pytest.mark.parametrize("name_of_mlp", ["mlp", "MLP", "feedforward", "feed_forward", "ffn", "FFN"])
+def test_hand_written_blocks_are_adapted_whole(attention, of_attention, name, name_of_mlp):
+    model = nn.Sequential(*(nn.ModuleDict({name: attention(), name_of_mlp: mlp()}) for _ in range(2)))
+    roles = {f"{name}.{layer}": role for layer, role in of_attention.items()}
+    roles |= {f"{name_of_mlp}.0": "fc1", f"{name_of_mlp}.2": "fc2"}
+    expected = {f"{i}.{layer}": role for i in range(2) for layer, role in roles.items()}
+    assert role_of(model, resolve(model, "all")) == expected
+
+
+@pytest.mark.parametrize("name", ["communication", "attn.inner"])
+def test_an_attention_of_torch_is_known_by_its_type(name):
+    model = nn.Sequential(nn.Module())
+    at = model[0]
+    for step in name.split("."):
+        at.add_module(step, nn.MultiheadAttention(8, 2) if name.endswith(step) else nn.Module())
+        at = at.get_submodule(step)
+    model[0].mlp = mlp()
+    found = resolve(model, "all")
+    assert found == [f"0.{name}.in_proj", f"0.{name}.out_proj", "0.mlp.0", "0.mlp.2"]
+
+
+@pytest.mark.parametrize(("outputs", "inner"), [("w2", "w3"), ("w3", "w2")])
+def test_the_output_of_a_gated_mlp_is_known_by_its_shape(outputs, inner):
+    """w2 is the output in Llama's, w3 in EVA's."""
+    gated = nn.ModuleDict({"w1": nn.Linear(8, 16), inner: nn.Linear(8, 16), outputs: nn.Linear(16, 8)})
+    model = nn.Sequential(nn.ModuleDict({"attn": Attention(), "mlp": gated}))
+    assert set(resolve(model, "fc1")) == {"0.mlp.w1", f"0.mlp.{inner}"}
+    assert resolve(model, "fc2") == [f"0.mlp.{outputs}"]
+
+
+def test_all_warns_of_layers_that_have_no_role(vit):
+    for block in vit.blocks:
+        block.mixer, block.attn.rel_pos = nn.Linear(32, 32), nn.ModuleDict({"mlp": nn.Linear(2, 2)})
+    with pytest.warns(UserWarning, match=r"'all' leaves out blocks.\*.mixer, which .*'blocks.\*.mixer'\]\), or"):
+        assert len(resolve(vit, "all")) == 12
+    assert len(resolve(vit, ["all", "blocks.*.mixer"])) == 15
+    assert len(resolve(vit, "all", exclude="blocks.*.mixer")) == 12
+    assert len(resolve(vit, "fc")) == 6
+
+
+def test_the_same_layer_under_a_name_without_role_is_not_left_out(vit):
+    vit.blocks[0].alias = vit.blocks[0].mlp
+    assert "blocks.0.mlp.fc1" in resolve(vit, "all")
+
+
+@pytest.mark.parametrize("layers", [1, np.int64(1), [np.int64(1)], np.arange(1, 2), range(1, 2), (-2,), {1}])
+def test_numbers_of_blocks(vit, layers):
+    assert resolve(vit, "fc1", layers=layers) == ["blocks.1.mlp.fc1"]
+
+
+@pytest.mark.parametrize("layers", [True, [False, True], "1", ["1"], 1.0, [1.0], slice(2), {"1": 1}], ids=str)
+def test_what_numbers_no_block(vit, layers):
+    with pytest.raises(TypeError, match=r"layers must be numbers of blocks, such as 0, \[0, -1\] or range\(6\), got "):
+        resolve(vit, "fc1", layers=layers)
+
+
+def test_excluding_what_is_not_chosen_does_no_harm(vit):
+    assert resolve(vit, "fc1", exclude=["blocks.0.*"], layers=[1]) == ["blocks.1.mlp.fc1"]

@@ -302,7 +302,7 @@ def examine(name: str) -> Row:
     mor.inject(model, "all")
     assert len(mor_layers(model)) == sum(row.counts.values()), "an adapter for every layer"
     difference = max(relative_difference(one, other) for one, other in zip(run(model, example), frozen, strict=True))
-    is_exact = row.hosts == ("called",)
+    is_exact = row.hosts == ("plain",)
     assert difference <= (0 if is_exact else TOLERANCE), f"the outputs differ by {difference}"
     mor.check(model, example)
 
@@ -370,7 +370,7 @@ def state_of(model: nn.Module) -> dict[str, Any]:
 def table_row(name: str, row: Row) -> str:
     counts = [str(row.counts[part]) if row.counts[part] else "" for part in PARTS]
     names = " ".join(f"`{part}`" for part in common_prefix_removed(row.names))
-    hosts = "; ".join(sorted(host for host in row.hosts if host != "called")) or "called"
+    hosts = "; ".join(sorted(host for host in row.hosts if host != "plain")) or "plain"
     return f"| {name} | {row.blocks} | {' | '.join(counts)} | {names} | {hosts} |"
 
 
@@ -384,11 +384,14 @@ HEADER = """\
 
 What the roles find in each family of Vision Transformers, in small configurations with random weights: blocks, and
 layers per role ("packed": one matrix for several roles, in "all" only). The last column says what `mor.inject` does to
-modules that would otherwise read a layer's weight and never call the layer.
+modules that would otherwise read a layer's weight and never call the layer; "plain" are those without a known obstacle.
 
 For each model the test suite makes sure that every adapter is alive in training and in evaluation; that the outputs at
-injection are those of the frozen base (bit for bit where the host is "called", else within 1e-5); that what is saved is
+injection are those of the frozen base (bit for bit where the host is "plain", else within 1e-5); that what is saved is
 loaded exactly; and that `mor.eject` gives back the same model, bit for bit.
+
+Parameters that are all zero, or nearly so, are filled with random values before: a fresh layer scale, or a fresh norm
+of SwinV2, hides the adapters in front of it, and `mor.check` names it; train or set such parameters first.
 
 Made by `make zoo`.
 

@@ -1,0 +1,36 @@
+"""What others put around a model: the module that torch.compile gives back, and peft's models and layers.
+
+Neither torch's compiler nor peft is imported for it: who has not imported them has no such module.
+"""
+
+import sys
+from typing import Any
+
+from torch import nn
+
+
+def original(model: Any) -> nn.Module:
+    """The module that torch.compile was given, whose names have no prefix; any other module is given back as it is.
+
+    Raises:
+        TypeError: it is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    compiled = _class("torch._dynamo.eval_frame", "OptimizedModule")
+    return model._orig_mod if compiled is not None and isinstance(model, compiled) else model
+
+
+def refuse_peft(model: nn.Module, instead: str) -> None:
+    """Raise ValueError, naming what is to be used ``instead``, if peft's adapters are in the model or around it."""
+    kinds = tuple(
+        kind
+        for kind in (_class("peft.tuners.tuners_utils", "BaseTunerLayer"), _class("peft.peft_model", "PeftModel"))
+        if kind is not None
+    )
+    if any(isinstance(module, kinds) for module in model.modules()):
+        raise ValueError(f"this is a peft model; use {instead}")
+
+
+def _class(module: str, name: str) -> Any:
+    return getattr(sys.modules.get(module), name, None)

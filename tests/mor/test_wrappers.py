@@ -1,0 +1,48 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from mor import check, disabled, eject, inject, load, preview, record_gates, save
+from mor.wrappers import original
+
+
+def test_compiled_models_are_unwrapped():
+    model = nn.Linear(2, 2)
+    assert original(model) is model
+    assert original(torch.compile(model)) is model
+
+
+def test_only_modules_have_adapters():
+    with pytest.raises(TypeError, match="model must be an nn.Module, got str"):
+        original("model")
+
+
+@pytest.fixture
+def peft_model(vit) -> nn.Module:
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(vit, peft.LoraConfig(target_modules=["qkv"]))
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["peft's model", "the model inside"])
+def test_no_second_kind_of_adapters(peft_model, vit, inside, tmp_path):
+    save(inject(copy.deepcopy(peft_model).unload(), "fc"), tmp_path)
+    model = peft_model.base_model.model if inside else peft_model
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    for call in (lambda: inject(model, "fc"), lambda: preview(model, "fc"), lambda: load(model, tmp_path)):
+        with pytest.raises(ValueError, match=r"this is a peft model; use peft.get_peft_model.* unload\(\) before"):
+            call()
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
+
+
+def test_what_to_use_with_peft(peft_model, images, tmp_path):
+    for call, instead in (
+        (lambda: check(peft_model, images), r"mor.peft_plugin.check\(peft_model, example\)"),
+        (lambda: save(peft_model, tmp_path), "save_pretrained"),
+        (lambda: eject(peft_model), r"unload\(\)"),
+        (lambda: disabled(peft_model).__enter__(), r"model.disable_adapter\(\)"),
+        (lambda: record_gates(peft_model).__enter__(), r"mor.peft_plugin.as_injected\(peft_model\)"),
+    ):
+        with pytest.raises(ValueError, match=f"this is a peft model; use .*{instead}"):
+            call()
