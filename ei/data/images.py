@@ -115,13 +115,12 @@ def check_image(path: str | Path, *, intensity: Intensity = BY_TYPE) -> None:
     Raises:
         ImageError: as :func:`read_image`, or a checksum is wrong.
     """
-    for slice_, limits in read_slices(path, intensity=intensity):
-        with _named_errors(path):
-            slice_.as_unit(limits)
+    for _ in read_slices(path, intensity=intensity):
+        pass
 
 
-def read_slices(path: str | Path, *, intensity: Intensity = BY_TYPE) -> Iterator[tuple[Slice, Intensity]]:
-    """Every slice of a file after its checksums, with the intensity to use: percentiles have become a window.
+def read_slices(path: str | Path, *, intensity: Intensity = BY_TYPE) -> Iterator[tuple[Slice, NDArray[np.float32]]]:
+    """Every slice of a file whose checksums are right, as it is stored and in 0..1.
 
     Raises:
         ImageError: as :func:`check_image`; ImportError as :func:`read_image`.
@@ -130,13 +129,14 @@ def read_slices(path: str | Path, *, intensity: Intensity = BY_TYPE) -> Iterator
         file = _opened(Path(path))
         file.verify()
         limits = _limits(file, intensity)
-    slices = _read(file, None)
+        slices = _read(file, None)
     while True:
         with _named_errors(path):
             slice_ = next(slices, None)
-        if slice_ is None:
-            return
-        yield slice_, limits
+            if slice_ is None:
+                return
+            unit = slice_.as_unit(limits)
+        yield slice_, unit
 
 
 @contextmanager
