@@ -187,3 +187,14 @@ def test_only_the_owner_may_read_it_and_nothing_else_is_left(tmp_path: Path, ima
 def test_where_nothing_can_be_written_files_are_read_each_time(tmp_path: Path, image: Path) -> None:
     (tmp_path / "home").write_text("a file, no folder")
     assert [remembered(tmp_path, image)[1] for _ in range(2)] == [1, 1]
+
+
+def test_a_user_without_a_home_has_no_memory(tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    cache = AuditCache(tmp_path)
+    assert cache.facts(image, BY_TYPE, audit_image) == audit_image(image, BY_TYPE)
+    cache.save()
