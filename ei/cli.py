@@ -26,6 +26,7 @@ Classify patients with two or more imaging modalities by Early Intervention on a
 commands:
   demo       train on pairs of handwritten digits and show what intervention does (no files, no network)
   prepare    write the manifest of MMC-AMD, Derm7pt or MRNet from the folder that was downloaded
+  check      look for everything that is wrong with a manifest and its images, without torch
   train      train on a manifest, both stages, and evaluate
   evaluate   evaluate a run on its validation and test rows again
   predict    predict the rows of another manifest
@@ -52,6 +53,30 @@ Prepare = (
     | Annotated[Derm7pt, tyro.conf.subcommand("derm7pt")]
     | Annotated[MRNet, tyro.conf.subcommand("mrnet")]
 )
+
+
+@dataclass(frozen=True)
+class Check:
+    """Read a manifest and all of its images; exit code 1 if something is wrong. --config FILE gives the columns."""
+
+    manifest: tyro.conf.Positional[Path]
+    """The CSV with the samples."""
+    modalities: Names = ()
+    """Columns with image paths; empty: all columns whose first cell names an image."""
+    labels: Names = DataConfig.labels
+    """As for 'ei train'."""
+    classes: Names = DataConfig.classes
+    """As for 'ei train'."""
+    intensity: Names = DataConfig.intensity
+    """As for 'ei train'."""
+    allow_outside: bool = DataConfig.allow_outside
+    """As for 'ei train'."""
+    unlabelled: bool = False
+    """It is a manifest for 'ei predict': labels and splits are not looked at."""
+    fresh: bool = False
+    """Read files again that have not changed since they were last read."""
+    json: bool = False
+    """Print everything as JSON; otherwise the first of each kind."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +144,7 @@ def run(words: Sequence[str]) -> int:
         print(f"ei: there is no command '{words[0]}'; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     try:
-        COMMANDS[words[0]](words[1:])
+        return COMMANDS[words[0]](words[1:]) or 0
     except (ValueError, OSError, ArithmeticError, ImportError) as error:
         if "EI_TRACEBACK" in os.environ:
             raise
@@ -134,7 +159,6 @@ def run(words: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print(f"ei {words[0]}: interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 def demo(words: Sequence[str]) -> None:
@@ -147,6 +171,21 @@ def demo(words: Sequence[str]) -> None:
 def prepare(words: Sequence[str]) -> None:
     for line in prepare_source(_parse(cast(type[Source], Prepare), "prepare", words)):
         print(line)
+
+
+def check(words: Sequence[str]) -> int:
+    path, words = _take_config(list(words))
+    columns = ("modalities", "labels", "classes", "intensity", "allow_outside")
+    known = DataConfig() if path is None else Config.load(path).data
+    defaults = {name: getattr(known, name) for name in columns}
+    command = _parse(Check, "check", words, default=Check(manifest=tyro.MISSING, **defaults))
+    from ei.check import check_manifest
+
+    config = DataConfig(**{name: getattr(command, name) for name in columns})
+    report = check_manifest(command.manifest, config, labelled=not command.unlabelled, cache=not command.fresh)
+    for line in [report.as_json()] if command.json else report.lines():
+        print(line)
+    return 0 if report.is_good else 1
 
 
 def train(words: Sequence[str]) -> None:
@@ -206,9 +245,10 @@ def _show(folder: Path) -> None:
         print(line)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "demo": demo,
     "prepare": prepare,
+    "check": check,
     "train": train,
     "evaluate": evaluate,
     "predict": predict,

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal, Self, get_args, get_origin, get_type
 import yaml
 from tyro.constructors import PrimitiveConstructorSpec
 
+from ei.intensity import Intensity
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -46,6 +48,10 @@ class DataConfig:
     """Of several files per modality: the mean of their features, or one file (random in training, else the first)."""
     slices: int = 4
     """Slices taken from a volume: one from each of so many equal parts, random in training, else the middle."""
+    intensity: Names = ("type",)
+    """What is black and white beyond 8 bits: type, percentiles or LOW:HIGH; one for all modalities, or one for each."""
+    allow_outside: bool = False
+    """Image paths may be absolute, or lead out of the manifest's folder."""
     image_size: int = 224
     """Side of the square that images are resized to, in pixels."""
     mean: Floats = CLIP_MEAN
@@ -66,6 +72,11 @@ class DataConfig:
     def __post_init__(self) -> None:
         _require(self.images in ("mean", "one"), "images", "'mean' or 'one'", self.images)
         _require(self.slices >= 1, "slices", "at least 1", self.slices)
+        for text in self.intensity:
+            Intensity.parse(text)
+        counts = {1, len(self.modalities)} if self.modalities else {1, len(self.intensity)}
+        fits = len(self.intensity) in counts and not isinstance(self.intensity, str)
+        _require(fits, "intensity", "one for all modalities, or one for each", self.intensity)
         _require(self.image_size >= 1, "image_size", "at least 1", self.image_size)
         _require(len(self.mean) == 3, "mean", "three numbers", self.mean)
         _require(len(self.std) == 3 and min(self.std) > 0, "std", "three positive numbers", self.std)
@@ -85,6 +96,11 @@ class DataConfig:
     def multi_label(self) -> bool:
         """Several label columns: a sample may have several labels."""
         return len(self.labels) > 1
+
+    def intensity_of(self, modality: str) -> Intensity:
+        """The rule for the files of a modality."""
+        one_for_each = len(self.intensity) > 1
+        return Intensity.parse(self.intensity[self.modalities.index(modality) if one_for_each else 0])
 
 
 @dataclass(frozen=True, kw_only=True)

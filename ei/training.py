@@ -27,6 +27,7 @@ from ei.checkpoint import (
 )
 from ei.compilation import compile_backbones, require_compiler
 from ei.config import Config, TrainConfig
+from ei.data.listed import counted
 from ei.data.loaders import training_loader
 from ei.data.manifest import Manifest, Row, read_manifest
 from ei.data.sample import Batch
@@ -80,6 +81,9 @@ def train(config: Config, run: str | Path) -> Path:
     """
     folder = RunFolder(Path(run))
     manifest = read_manifest(config.data.manifest, config.data)
+    if manifest.warnings:
+        say(f"note: {counted(len(manifest.warnings), 'warning')} about {config.data.manifest}; 'ei check' shows all")
+        say(f"  {manifest.warnings[0]}")
     config = resolved(config, manifest)
     require_measurable(manifest)
     going_on = resumes(folder, config)

@@ -68,3 +68,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         lines.append(f"| {injected} | {expected} | {sum(outcomes.values())} | {held} |")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("# Faults\n\nMade by `make faults`.\n\n" + "\n".join(lines) + "\n", encoding="utf-8")
+
+
+@pytest.fixture(autouse=True)
+def cache_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is remembered from one test to the next, nor in the user's home."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))

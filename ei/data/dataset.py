@@ -95,7 +95,8 @@ class ManifestDataset(Dataset[Sample]):
             chosen = int(torch.randint(len(files), ())) if self.train else 0
             files = files[chosen : chosen + 1]
         # Volumes of several files may differ in size; the transform makes them equal.
-        stacks = [read_image(file, self._slices(count_slices(file))) for file in files]
+        intensity = self.config.intensity_of(modality)
+        stacks = [read_image(file, self._slices(count_slices(file)), intensity=intensity) for file in files]
         return torch.stack([self.transform(image) for stack in stacks for image in stack])
 
     def _slices(self, count: int) -> list[int]:

@@ -11,6 +11,9 @@ one column per modality   image paths relative to the CSV, '/' between folders; 
                           separated by ';', are used in sorted order
 ========================  =================================================================================
 
+What is refused is a fault; what may be meant is a warning. One image under two patients is a fault if they are in
+two splits, and a warning if they are in one; so are images that look the same in two splits.
+
 Comma-separated, UTF-8 with or without a byte order mark, any line ends, blank lines allowed. This module
 imports no torch.
 """
@@ -26,10 +29,16 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from ei.config import DataConfig
-from ei.data.images import ImageError, check_image
+from ei.data.audit import AuditCache, Facts, audit_image
+from ei.data.images import ImageError
+from ei.data.listed import SPLITS, Fault, ListedFile, compare_copies, compare_looks, compare_scales, counted
+from ei.intensity import Intensity
 
-SPLITS = ("train", "val", "test")
+FAULTS_SHOWN = 20
+"""Of those that a message holds; the error has all of them."""
 
+_MISSING_VALUES = ("nan", "<na>", "#n/a", "null")
+"""What tables write for a value that is not there."""
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
@@ -57,6 +66,8 @@ class Manifest:
     modalities: tuple[str, ...]
     classes: tuple[str, ...]
     multi_label: bool
+    warnings: tuple["Fault", ...] = ()
+    """What may be meant, and may be an oversight."""
 
     def split(self, name: str) -> list[Row]:
         """The rows of a split, in the file's order.
@@ -70,21 +81,34 @@ class Manifest:
 
 
 class ManifestError(ValueError):
-    """A manifest that cannot be used; ``problems`` has one line for each fault, by row."""
+    """A manifest that cannot be used, with all faults by row; the message holds the first of them."""
 
-    def __init__(self, path: Path, problems: Sequence[str]) -> None:
-        super().__init__(path, problems)
+    def __init__(self, path: Path, faults: Sequence[Fault], warnings: Sequence[Fault] = ()) -> None:
+        super().__init__(path, faults, warnings)
         self.path = path
-        self.problems = list(problems)
+        self.faults = tuple(faults)
+        self.warnings = tuple(warnings)
+
+    @property
+    def problems(self) -> list[str]:
+        """One line for each fault."""
+        return [str(fault) for fault in self.faults]
 
     def __str__(self) -> str:
-        count = len(self.problems)
-        title = f"{self.path} has {count} {'problem' if count == 1 else 'problems'}:"
-        return "\n  ".join([title, *self.problems])
+        title = f"{self.path} has {counted(len(self.faults), 'problem')}:"
+        lines = [title, *self.problems[:FAULTS_SHOWN]]
+        if more := len(self.faults) - FAULTS_SHOWN:
+            lines += [f"... and {more} more; 'ei check --json' lists all"] if more > 0 else []
+        return "\n  ".join(lines)
 
 
 def read_manifest(
-    path: str | Path, config: DataConfig, *, classes: Sequence[str] | None = None, labelled: bool = True
+    path: str | Path,
+    config: DataConfig,
+    *,
+    classes: Sequence[str] | None = None,
+    labelled: bool = True,
+    cache: bool = True,
 ) -> Manifest:
     """Read a manifest and check all of it, every image included.
 
@@ -95,6 +119,7 @@ def read_manifest(
             it must have train rows, and the classes are ``config.classes``, or all names in the label
             column, sorted. With several label columns, their names are the classes.
         labelled: False for prediction: the label and split columns may be missing, and are not looked at.
+        cache: image files that were read before and have not changed since are not read again.
 
     Raises:
         ManifestError: the file has faults; all of them are listed, each with its row.
@@ -109,7 +134,7 @@ def read_manifest(
     """
     _require_fitting(config, classes, labelled)
     path = Path(path)
-    problems = _Problems()
+    problems, warnings = _Problems(), _Problems()
     needed = _needed_columns(config, labelled)
     records = _parse(_read_text(path), needed, problems)
     _check_filled(records, needed, problems)
@@ -119,14 +144,23 @@ def read_manifest(
         _check_patients(records, problems)
     order = _class_order(records, config, classes, labelled, problems)
     labels = _labels(records, config, order, problems) if labelled else [None] * len(records)
-    images = _images(path.parent, records, config.modalities, problems)
-    if lines := problems.lines():
-        raise ManifestError(path, lines)
+    files = _Files(path.parent, config, problems)
+    images = [files.of(record) for record in records]
+    files.audit(use_cache=cache)
+    warnings.extend(compare_scales(files.listed))
+    if labelled:
+        leaks, copies = compare_copies(files.listed)
+        problems.extend(leaks)
+        warnings.extend([*copies, *compare_looks(files.listed)])
+    if labelled and not problems:  # a row with a fault may be the one that a split lacks
+        _check_classes(records, config, order, warnings)
+    if faults := problems.by_row():
+        raise ManifestError(path, faults, warnings.by_row())
     rows = tuple(
         Row(record.number, record["id"], record.patient, record["split"] if labelled else "", label, files)
         for record, label, files in zip(records, labels, images, strict=True)
     )
-    return Manifest(rows, config.modalities, order, multi_label=config.multi_label)
+    return Manifest(rows, config.modalities, order, config.multi_label, tuple(warnings.by_row()))
 
 
 def _require_fitting(config: DataConfig, classes: Sequence[str] | None, labelled: bool) -> None:
@@ -151,17 +185,22 @@ def _repeated(names: Iterable[str]) -> list[str]:
 
 
 class _Problems:
-    """What is wrong with a file, by row; row 0 stands for the file as a whole."""
+    """What was found so far."""
 
     def __init__(self) -> None:
-        self._found: list[tuple[int, str]] = []
+        self._found: list[Fault] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._found)
 
     def add(self, row: int, text: str) -> None:
-        self._found.append((row, text))
+        self._found.append(Fault(row, text))
 
-    def lines(self) -> list[str]:
-        in_order = sorted(self._found, key=lambda problem: problem[0])
-        return [f"row {row}: {text}" if row else f"file: {text}" for row, text in in_order]
+    def extend(self, faults: Iterable[Fault]) -> None:
+        self._found.extend(faults)
+
+    def by_row(self) -> list[Fault]:
+        return sorted(self._found, key=lambda fault: fault.row)
 
 
 @dataclass(frozen=True)
@@ -182,19 +221,19 @@ class _Record:
 
 def _read_text(path: Path) -> str:
     if not path.is_file():
-        raise ManifestError(path, [f"file: {'is not a regular file' if path.exists() else 'does not exist'}"])
+        raise ManifestError(path, [Fault(0, "is not a regular file" if path.exists() else "does not exist")])
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise ManifestError(path, [f"file: {error.strerror}"]) from error
+        raise ManifestError(path, [Fault(0, str(error.strerror))]) from error
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         row = content.count(b"\n", 0, error.start) + 1
-        problem = f"row {row}: byte 0x{content[error.start]:02x} is not UTF-8; save the file as 'CSV UTF-8'"
-        raise ManifestError(path, [problem]) from error
+        problem = f"byte 0x{content[error.start]:02x} is not UTF-8; save the file as 'CSV UTF-8'"
+        raise ManifestError(path, [Fault(row, problem)]) from error
     if "\0" in text:
-        raise ManifestError(path, ["file: holds NUL bytes, so it is not a text in UTF-8"])
+        raise ManifestError(path, [Fault(0, "holds NUL bytes, so it is not a text in UTF-8")])
     return text
 
 
@@ -206,7 +245,7 @@ def _parse(text: str, needed: list[str], problems: _Problems) -> list[_Record]:
             problems.add(1, f"columns are separated by {name}; save the file with commas between columns")
             return []
     lines = list(_numbered_cells(text, problems))
-    if len(lines) < 2 and not problems.lines():
+    if len(lines) < 2 and not problems:
         problems.add(0, "has no rows below the header" if lines else "is empty; its first line must name the columns")
     if not lines:
         return []
@@ -250,8 +289,11 @@ def _check_header(number: int, header: list[str], needed: list[str], problems: _
 def _check_filled(records: list[_Record], needed: list[str], problems: _Problems) -> None:
     for record in records:
         for column in (*needed, "patient"):
-            if record.cells.get(column) == "":
+            cell = record.cells.get(column)
+            if cell == "":
                 problems.add(record.number, f"{column} is empty")
+            elif cell and cell.lower() in _MISSING_VALUES:
+                problems.add(record.number, f"{column} is {cell!r}, which is how tables write a missing value")
 
 
 def _check_ids(records: list[_Record], problems: _Problems) -> None:
@@ -306,7 +348,7 @@ def _class_order(
     column = config.labels[0]
     found = tuple(sorted({record[column] for record in records} - {""}))
     # With other faults the file may hold classes that were not understood.
-    if len(found) == 1 and not problems.lines():
+    if len(found) == 1 and not problems:
         problems.add(0, f"has one class only in column {column!r}, {found[0]!r}; at least two are needed")
     return found
 
@@ -335,32 +377,58 @@ def _class_index(record: _Record, column: str, classes: Sequence[str], problems:
     return None
 
 
-def _images(
-    folder: Path, records: list[_Record], modalities: Sequence[str], problems: _Problems
-) -> list[dict[str, tuple[Path, ...]]]:
+class _Files:
     """The files of every row, each of them read once to the end, however often it is listed."""
-    root = os.path.realpath(folder)
-    paths: dict[str, Path] = {}
-    listed: dict[str, list[tuple[int, str]]] = defaultdict(list)
-    images = []
-    for record in records:
-        files = {}
-        for modality in modalities:
-            names = _file_names(record, modality, problems)
-            files[modality] = tuple(folder / name for name in names)
-            for name in names:
-                # Links are followed, so that one that leads out is found outside.
-                place = os.path.realpath(os.path.join(root, name))
-                if objection := _objection(name, place, root):
-                    problems.add(record.number, f"{modality}: {name!r} {objection}")
-                else:
-                    paths.setdefault(place, folder / name)
-                    listed[place].append((record.number, modality))
-        images.append(files)
-    for places, fault in zip(listed.values(), _image_faults(paths.values()), strict=True):
-        for row, modality in places if fault else ():
-            problems.add(row, f"{modality}: {fault}")
-    return images
+
+    def __init__(self, folder: Path, config: DataConfig, problems: _Problems) -> None:
+        self.listed: list[ListedFile] = []
+        self._folder = folder
+        self._root = os.path.realpath(folder)
+        self._config = config
+        self._problems = problems
+
+    def of(self, record: _Record) -> dict[str, tuple[Path, ...]]:
+        return {modality: self._of(record, modality) for modality in self._config.modalities}
+
+    def _of(self, record: _Record, modality: str) -> tuple[Path, ...]:
+        names = _file_names(record, modality, self._problems)
+        for name in names:
+            # Links are followed, so that one that leads out is found outside.
+            place = os.path.realpath(os.path.join(self._root, name))
+            if objection := _objection(name, place, None if self._config.allow_outside else self._root):
+                self._problems.add(record.number, f"{modality}: {name!r} {objection}")
+            else:
+                self.listed.append(ListedFile(record.number, record["split"], record.patient, modality, name, place))
+        return tuple(self._folder / name for name in names)
+
+    def audit(self, use_cache: bool) -> None:
+        """Read every file under the rule of its modality."""
+        tasks: dict[tuple[str, Intensity], Path] = {}
+        for listed in self.listed:
+            tasks.setdefault(self._task(listed), self._folder / listed.name)
+        cache = AuditCache(self._folder) if use_cache else None
+        # Threads, because decoders work outside of Python's lock.
+        with ThreadPoolExecutor() as pool:
+            results = pool.map(lambda task: _facts_or_fault(task[1], task[0][1], cache), tasks.items())
+            found = dict(zip(tasks, results, strict=True))
+        if cache:
+            cache.save()
+        for listed in self.listed:
+            result = found[self._task(listed)]
+            if isinstance(result, Facts):
+                listed.facts = result
+            else:
+                self._problems.add(listed.row, f"{listed.modality}: {result}")
+
+    def _task(self, listed: ListedFile) -> tuple[str, Intensity]:
+        return listed.place, self._config.intensity_of(listed.modality)
+
+
+def _facts_or_fault(path: Path, intensity: Intensity, cache: AuditCache | None) -> Facts | str:
+    try:
+        return cache.facts(path, intensity, audit_image) if cache else audit_image(path, intensity)
+    except ImageError as error:
+        return str(error)
 
 
 def _file_names(record: _Record, modality: str, problems: _Problems) -> list[str]:
@@ -372,26 +440,34 @@ def _file_names(record: _Record, modality: str, problems: _Problems) -> list[str
     return names
 
 
-def _objection(name: str, place: str, root: str) -> str:
-    """Why a path is refused before anything is opened; empty if it is not."""
+def _objection(name: str, place: str, root: str | None) -> str:
+    """Why a path is refused before anything is opened; empty if it is not. Without ``root`` it may lead anywhere."""
     if _ADDRESS.match(name):
         return "is an address; write the path of a file, relative to the manifest"
+    if root is None:
+        return ""
     if PurePosixPath(name).is_absolute() or PureWindowsPath(name).is_absolute():
-        return "is an absolute path; write it relative to the manifest"
+        return "is an absolute path; write it relative to the manifest, or set allow_outside"
     if not Path(place).is_relative_to(root):
-        return "leads out of the manifest's folder"
+        return "leads out of the manifest's folder; this needs allow_outside"
     return ""
 
 
-def _image_faults(paths: Iterable[Path]) -> list[str]:
-    # Threads, because decoders work outside of Python's lock.
-    with ThreadPoolExecutor() as pool:
-        return list(pool.map(_image_fault, paths))
+def _check_classes(records: list[_Record], config: DataConfig, classes: Sequence[str], warnings: _Problems) -> None:
+    """Classes that a split lacks, and names that differ in capitals or spaces only."""
+    for split in SPLITS:
+        rows = [record for record in records if record["split"] == split]
+        lacking = [name for name in classes if not any(_has_class(record, config, name) for record in rows)]
+        if rows and lacking:
+            effect = "they cannot be learned" if split == "train" else "metrics leave them out"
+            warnings.add(0, f"has no {split} row of {', '.join(lacking)}; {effect}")
+    spelt: dict[str, list[str]] = defaultdict(list)
+    for name in classes:
+        spelt["".join(name.casefold().split())].append(name)
+    for names in spelt.values():
+        if len(names) > 1:
+            warnings.add(0, f"has classes whose names are nearly the same: {', '.join(map(repr, names))}")
 
 
-def _image_fault(path: Path) -> str:
-    try:
-        check_image(path)
-    except ImageError as error:
-        return str(error)
-    return ""
+def _has_class(record: _Record, config: DataConfig, name: str) -> bool:
+    return record[name] == "1" if config.multi_label else record[config.labels[0]] == name

@@ -350,3 +350,11 @@ def test_balance_needs_labels() -> None:
 def test_labels_that_do_not_fit(table: list[Row], multi_label: bool, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ManifestDataset(table, BARE, multi_label=multi_label, classes=("x", "y"), train=False, seed=0)
+
+
+def test_each_modality_has_its_own_black_and_white(tmp_path: Path) -> None:
+    np.save(tmp_path / "ct.npy", np.full((4, 5), 40, np.int16))
+    config = replace(BARE, intensity=("type", "-160:240"))
+    sample = dataset([row(0, cfp=[grey(tmp_path / "a.png", 51)], oct=[tmp_path / "ct.npy"])], config)[0]
+    assert sample.images["cfp"].mean().item() == pytest.approx(51 / 255)
+    assert sample.images["oct"].mean().item() == pytest.approx(0.5)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ei.data.images import MAX_PIXELS, ImageError, check_image, count_slices, read_image
+from ei.intensity import Intensity
 
 
 def assert_equal(image: torch.Tensor, wanted: torch.Tensor, atol: float = 1e-6) -> None:
@@ -481,8 +482,8 @@ FAULTS = {
     "npy with infinity": "to inf",
     "npy above one": r"to 1\.01; they must be finite and within 0\.\.1",
     "npy below zero": r"from -0\.01",
-    "npy signed": "holds int16; uint8, uint16 and floats within 0..1 are read",
-    "npy uint32": "holds uint32; uint8, uint16 and",
+    "npy signed": "holds int16, and neither this type nor",
+    "npy uint32": "holds uint32, and neither",
     "npy complex": "holds complex64",
     "npy one axis": r"has shape \(4,\)",
     "npy four axes": r"has shape \(2, 4, 4, 3\)",
@@ -555,7 +556,7 @@ def test_a_small_file_with_very_many_pixels_is_refused(tmp_path: Path, action: L
 
 
 def test_the_limit_holds_for_arrays_and_where_pillow_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ei.data.images.MAX_PIXELS", 99)
+    monkeypatch.setattr("ei.data.formats.source.MAX_PIXELS", 99)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     np.save(tmp_path / "a.npy", noise(2, 10, 10))
     np.save(tmp_path / "small.npy", noise(2, 9, 11))
@@ -563,6 +564,67 @@ def test_the_limit_holds_for_arrays_and_where_pillow_has_none(tmp_path: Path, mo
         with pytest.raises(ImageError, match="10 x 10 pixels; at most 99 are read"):
             check_image(path)
     check_image(tmp_path / "small.npy")
+
+
+# Black and white by the setting
+
+
+@pytest.mark.parametrize("kind", ["a.npy int16", "a.npy float32", "a.npy uint16", "a.png uint16", "a.tif float32"])
+def test_a_window_is_straight_and_cut_off(tmp_path: Path, kind: str) -> None:
+    name, dtype = kind.split()
+    pixels = np.array([[0, 100, 150], [200, 300, 4000]]).astype(dtype)
+    if name.endswith(".npy"):
+        np.save(tmp_path / name, pixels)
+    else:
+        save(pixels, tmp_path / name)
+    check_image(tmp_path / name, intensity=Intensity("window", 100, 300))
+    image = read_image(tmp_path / name, intensity=Intensity("window", 100, 300))
+    assert_equal(image, expected(np.array([[0, 0, 0.25], [0.5, 1, 1]]), 1))
+
+
+def test_percentiles_are_those_of_the_whole_file_whatever_slices_are_read(tmp_path: Path) -> None:
+    volume = np.random.default_rng(0).normal(-500, 300, (6, 20, 20)).astype(np.float32)
+    np.save(tmp_path / "a.npy", volume)
+    low, high = np.percentile(volume, (0.5, 99.5))
+    image = read_image(tmp_path / "a.npy", [4, 1], intensity=Intensity("percentiles"))
+    wanted = np.clip((volume[[4, 1]] - low) / (high - low), 0, 1)
+    assert_equal(image[:, 0], torch.from_numpy(wanted).float())
+    np.save(tmp_path / "a.npy", volume * 7 + 3)
+    os.utime(tmp_path / "a.npy", ns=(0, 0))  # so that it is another file, however coarse the clock
+    assert_equal(read_image(tmp_path / "a.npy", [4, 1], intensity=Intensity("percentiles"))[:, 0], image[:, 0], 1e-5)
+
+
+def test_8_bits_are_divided_by_255_under_every_setting(tmp_path: Path) -> None:
+    pixels = noise(5, 7, 3) // 2
+    path = save(pixels, tmp_path / "a.png")
+    for intensity in (Intensity("window", 0, 4095), Intensity("percentiles")):
+        assert_equal(read_image(path, intensity=intensity), expected(pixels, 255))
+
+
+def test_a_constant_volume_is_black_under_percentiles(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.full((3, 5, 5), -7, np.int16))
+    assert not read_image(tmp_path / "a.npy", intensity=Intensity("percentiles")).any()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("intensity", [Intensity("window", 0, 1), Intensity("percentiles")])
+def test_no_setting_lets_numbers_in_that_are_not_finite(tmp_path: Path, value: float, intensity: Intensity) -> None:
+    pixels = np.zeros((30, 30))
+    pixels[3, 4] = value
+    np.save(tmp_path / "a.npy", pixels)
+    for reader in (read_image, check_image):
+        with pytest.raises(ImageError, match="not finite"):
+            reader(tmp_path / "a.npy", intensity=intensity)
+
+
+@pytest.mark.parametrize(("name", "package"), [("a.nii", "nibabel"), ("a.dcm", "pydicom")])
+def test_a_missing_extra_is_named_in_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, package: str
+) -> None:
+    (tmp_path / name).write_bytes(bytes(400))
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=f'needs {package}, .*: pip install "mixture-of-ranks\\[io\\]"$'):
+        check_image(tmp_path / name)
 
 
 def test_backslashes_get_a_hint(tmp_path: Path) -> None:

@@ -10,7 +10,9 @@ from PIL import Image
 
 import ei.data.manifest
 from ei.config import DataConfig
+from ei.data.audit import Facts, audit_image
 from ei.data.manifest import Manifest, ManifestError, Row, read_manifest
+from ei.intensity import Intensity
 
 CONFIG = DataConfig(modalities=("cfp", "oct"))
 MULTI = DataConfig(modalities=("cfp",), labels=("acl", "meniscus"))
@@ -19,17 +21,17 @@ GOOD = """\
 id,split,label,cfp,oct
 a,train,wet,a.png,a.png
 b,train,dry,b.png,a.png
-c,test,dry,a.png,b.png
+c,test,dry,c.png,d.png
 """
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A data set's folder with a.png, b.png and sub/c.png; beside it lies outside.png."""
+    """A data set's folder with a.png ... f.png and sub/c.png, no two the same; beside it lies outside.png."""
     root = tmp_path / "set"
     (root / "sub").mkdir(parents=True)
-    for name in ("set/a.png", "set/b.png", "set/sub/c.png", "outside.png"):
-        Image.new("L", (3, 2), len(name)).save(tmp_path / name)
+    for level, name in enumerate([*(f"set/{letter}.png" for letter in "abcdef"), "set/sub/c.png", "outside.png"]):
+        Image.new("L", (3, 2), level).save(tmp_path / name)
     return root
 
 
@@ -207,18 +209,18 @@ def test_a_link_within_the_folder_is_followed(folder: Path) -> None:
         pytest.param(GOOD.replace("b,train", ",train"), ["row 3: id is empty"], id="empty id"),
         pytest.param(GOOD.replace("c,test", "c,"), ["row 4: split is empty"], id="empty split"),
         pytest.param(GOOD.replace("test,dry", "test,"), ["row 4: label is empty"], id="empty label"),
-        pytest.param(GOOD.replace("a.png,b.png", ",b.png"), ["row 4: cfp is empty"], id="empty image"),
-        pytest.param(GOOD.replace("a.png,b.png", " ; ,b.png"), ["row 4: cfp names no file"], id="only a separator"),
+        pytest.param(GOOD.replace("c.png,d.png", ",d.png"), ["row 4: cfp is empty"], id="empty image"),
+        pytest.param(GOOD.replace("c.png,d.png", " ; ,d.png"), ["row 4: cfp names no file"], id="only a separator"),
         pytest.param(
             GOOD.replace("test", "Test"), ["row 4: split must be train, val or test, got 'Test'"], id="unknown split"
         ),
         pytest.param(
-            GOOD.replace("a.png,b.png", "a.png;a.png,b.png"), ["row 4: cfp: 'a.png' is listed twice"], id="listed twice"
+            GOOD.replace("c.png,d.png", "c.png;c.png,d.png"), ["row 4: cfp: 'c.png' is listed twice"], id="listed twice"
         ),
         pytest.param(
-            GOOD.replace("a.png,b.png", "a.png,b.png,x"), ["row 4: has 6 cells, but the header has 5"], id="long"
+            GOOD.replace("c.png,d.png", "c.png,d.png,x"), ["row 4: has 6 cells, but the header has 5"], id="long"
         ),
-        pytest.param(GOOD.replace("a.png,b.png", "a.png"), ["row 4: has 4 cells, but the header has 5"], id="short"),
+        pytest.param(GOOD.replace("c.png,d.png", "a.png"), ["row 4: has 4 cells, but the header has 5"], id="short"),
         pytest.param(
             GOOD.replace("dry", "wet"),
             ["file: has one class only in column 'label', 'wet'; at least two are needed"],
@@ -282,7 +284,7 @@ def test_an_empty_flag(folder: Path) -> None:
 
 def test_a_patient_in_several_splits_is_reported_once_with_all_rows(folder: Path) -> None:
     rows = ["a,train,p", "b,train,q", "c,val,p", "d,train,p", "e,test,p", "f,test,r"]
-    lines = [f"{row},{label},a.png" for row, label in zip(rows, "xyxyxy", strict=True)]
+    lines = [f"{row},{label},{row[0]}.png" for row, label in zip(rows, "xyxyxy", strict=True)]
     text = "\n".join(["id,split,patient,label,cfp", *lines])
     assert problems_of(folder, text, DataConfig(modalities=("cfp",))) == [
         "row 4: patient 'p' is in 3 splits: train (rows 2, 5), val (row 4), test (row 6)"
@@ -297,13 +299,13 @@ def test_an_empty_patient_is_not_replaced_by_the_id(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("written", "reason"),
     [
-        ("../outside.png", "leads out of the manifest's folder"),
-        ("sub/../../outside.png", "leads out of the manifest's folder"),
-        ("link.png", "leads out of the manifest's folder"),
-        ("linked/outside.png", "leads out of the manifest's folder"),
-        ("/etc/passwd", "is an absolute path; write it relative to the manifest"),
-        ("C:\\images\\a.png", "is an absolute path; write it relative to the manifest"),
-        ("\\\\server\\share\\a.png", "is an absolute path; write it relative to the manifest"),
+        ("../outside.png", "leads out of the manifest's folder; this needs allow_outside"),
+        ("sub/../../outside.png", "leads out of the manifest's folder; this needs allow_outside"),
+        ("link.png", "leads out of the manifest's folder; this needs allow_outside"),
+        ("linked/outside.png", "leads out of the manifest's folder; this needs allow_outside"),
+        ("/etc/passwd", "is an absolute path; write it relative to the manifest, or set allow_outside"),
+        ("C:\\images\\a.png", "is an absolute path; write it relative to the manifest, or set allow_outside"),
+        ("\\\\server\\share\\a.png", "is an absolute path; write it relative to the manifest, or set allow_outside"),
         ("file:///etc/passwd", "is an address; write the path of a file, relative to the manifest"),
         ("https://example.org/a.png", "is an address; write the path of a file, relative to the manifest"),
     ],
@@ -313,12 +315,22 @@ def test_a_path_that_leads_out_is_refused_unopened(
 ) -> None:
     (folder / "link.png").symlink_to("../outside.png")
     (folder / "linked").symlink_to("..")
-    opened: list[Path] = []
-    monkeypatch.setattr(ei.data.manifest, "check_image", opened.append)
-    for cell in (written, f"a.png;{written}"):
-        problems = problems_of(folder, GOOD.replace("c,test,dry,a.png", f"c,test,dry,{cell}"))
+    opened = watch_what_is_opened(monkeypatch)
+    for cell in (written, f"c.png;{written}"):
+        problems = problems_of(folder, GOOD.replace("c,test,dry,c.png", f"c,test,dry,{cell}"))
         assert problems == [f"row 4: cfp: {written!r} {reason}"]
-    assert {path.name for path in opened} == {"a.png", "b.png"}
+    assert {path.name for path in opened} == {"a.png", "b.png", "c.png", "d.png"}
+
+
+def watch_what_is_opened(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    opened = []
+
+    def audit(path: Path, intensity: Intensity) -> Facts:
+        opened.append(path)
+        return audit_image(path, intensity)
+
+    monkeypatch.setattr(ei.data.manifest, "audit_image", audit)
+    return opened
 
 
 def make_unusable(path: Path, kind: str) -> None:
@@ -337,7 +349,7 @@ def make_unusable(path: Path, kind: str) -> None:
         case "empty":
             path.touch()
         case "truncated":
-            path.write_bytes(whole.read_bytes()[:-30])
+            path.write_bytes(whole.read_bytes()[:-20])
 
 
 @pytest.mark.parametrize(
@@ -359,7 +371,7 @@ def test_an_image_that_cannot_be_used_is_reported_for_every_row_that_lists_it(
     bad = folder / "bad.png"
     make_unusable(bad, kind)
     text = GOOD.replace("b,train,dry,b.png", "b,train,dry,bad.png").replace(
-        "c,test,dry,a.png", "c,test,dry,sub/../bad.png"
+        "c,test,dry,c.png", "c,test,dry,sub/../bad.png"
     )
     third, fourth = problems_of(folder, text)
     assert third.startswith(f"row 3: cfp: {bad}: {reason}")
@@ -369,16 +381,15 @@ def test_an_image_that_cannot_be_used_is_reported_for_every_row_that_lists_it(
 def test_a_truncated_array_and_its_sentence(folder: Path) -> None:
     np.save(folder / "a.npy", np.zeros((4, 8, 8), np.uint8))
     (folder / "a.npy").write_bytes((folder / "a.npy").read_bytes()[:-1])
-    (problem,) = problems_of(folder, GOOD.replace("c,test,dry,a.png", "c,test,dry,a.npy"))
+    (problem,) = problems_of(folder, GOOD.replace("c,test,dry,c.png", "c,test,dry,a.npy"))
     assert problem == (f"row 4: cfp: {folder / 'a.npy'}: has 383 bytes, but its header (4, 8, 8) uint8 promises 384")
 
 
 def test_every_file_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "same.png").symlink_to("a.png")
-    checked: list[Path] = []
-    monkeypatch.setattr(ei.data.manifest, "check_image", checked.append)
-    read(folder, GOOD.replace("c,test,dry,a.png", "c,test,dry,same.png"))
-    assert sorted(path.name for path in checked) == ["a.png", "b.png"]
+    checked = watch_what_is_opened(monkeypatch)
+    read(folder, GOOD.replace("b.png", "same.png"))
+    assert sorted(path.name for path in checked) == ["a.png", "c.png", "d.png"]
 
 
 def test_all_faults_are_reported_at_once_in_the_order_of_rows(folder: Path) -> None:
@@ -399,10 +410,10 @@ e,test,q,../outside.png,w
         "row 4: label is empty",
         "row 4: id 'a' is already that of row 2",
         "row 4: patient 'p' is in 2 splits: train (row 2), val (row 4)",
-        "row 4: cfp: '/a.png' is an absolute path; write it relative to the manifest",
+        "row 4: cfp: '/a.png' is an absolute path; write it relative to the manifest, or set allow_outside",
         "row 5: has 2 cells, but the header has 5",
         "row 6: label must be x or y, got 'w'",
-        "row 6: cfp: '../outside.png' leads out of the manifest's folder",
+        "row 6: cfp: '../outside.png' leads out of the manifest's folder; this needs allow_outside",
     ]
 
 
@@ -426,6 +437,108 @@ def test_a_manifest_that_is_no_file(folder: Path, kind: str, reason: str) -> Non
     with pytest.raises(ManifestError) as error:
         read_manifest(path, CONFIG)
     assert error.value.problems == [f"file: {reason}"]
+
+
+def test_many_faults_are_counted_in_the_message_and_all_in_the_error(folder: Path) -> None:
+    rows = [f"x{number},train,dry,z.png,a.png\n" for number in range(30)]
+    with pytest.raises(ManifestError) as caught:
+        read(folder, GOOD + "".join(rows))
+    assert len(caught.value.problems) == len(caught.value.faults) == 30
+    lines = str(caught.value).splitlines()
+    assert (len(lines), lines[-1]) == (22, "  ... and 10 more; 'ei check --json' lists all")
+    with pytest.raises(ManifestError) as caught:
+        read(folder, GOOD + "".join(rows[:20]))
+    assert len(str(caught.value).splitlines()) == 21
+
+
+@pytest.mark.parametrize("value", ["nan", "NaN", "#N/A", "<NA>", "NULL"])
+@pytest.mark.parametrize("column", ["id", "label", "patient", "cfp"])
+def test_what_tables_write_for_nothing_is_no_value(folder: Path, value: str, column: str) -> None:
+    cells = {"id": "e", "split": "train", "label": "dry", "patient": "q", "cfp": "e.png"} | {column: value}
+    text = "id,split,label,patient,cfp\na,train,wet,p,a.png\n" + ",".join(cells.values()) + "\n"
+    problems = problems_of(folder, text, DataConfig(modalities=("cfp",)))
+    assert problems[0] == f"row 3: {column} is {value!r}, which is how tables write a missing value"
+
+
+# Copies, lookalikes, and what is only warned of
+
+
+def warnings_of(folder: Path, text: str, config: DataConfig = CONFIG) -> list[str]:
+    return [str(warning) for warning in read(folder, text, config).warnings]
+
+
+def test_a_copy_in_another_split_is_refused_whatever_its_name(folder: Path) -> None:
+    (folder / "copy.png").write_bytes((folder / "b.png").read_bytes())
+    assert problems_of(folder, GOOD.replace("c.png", "copy.png")) == [
+        "row 4: cfp: the same image is that of 2 patients in 2 splits:"
+        " 'b.png' (row 3, train, patient 'b'), 'copy.png' (row 4, test, patient 'c')"
+    ]
+
+
+def test_a_copy_within_a_split_is_warned_of(folder: Path) -> None:
+    assert "row 3: oct: the same image is that of 2 patients: " in warnings_of(folder, GOOD)[-1]
+    without = GOOD.replace("b.png,a.png", "b.png,e.png") + "d,test,wet,f.png,sub/c.png\n"
+    assert warnings_of(folder, without) == []
+
+
+def test_lookalikes_in_another_split_are_warned_of(folder: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "e.png")
+    Image.fromarray(pixels).save(folder / "c.png", compress_level=0)
+    found = warnings_of(folder, GOOD.replace("b.png", "e.png"))
+    assert "row 4: cfp: 'c.png' (row 4, test, patient 'c') looks like 'e.png' (row 3, train, patient 'b')" in found
+
+
+def test_a_manifest_to_predict_may_list_an_image_for_several_patients(folder: Path) -> None:
+    text = "id,split,cfp\na,train,a.png\nb,test,a.png\n"
+    manifest = read(folder, text, DataConfig(modalities=("cfp",)), classes=("x", "y"), labelled=False)
+    assert manifest.warnings == ()
+
+
+def test_classes_that_a_split_lacks_and_names_that_nearly_agree(folder: Path) -> None:
+    text = GOOD.replace("b.png,a.png", "b.png,e.png").replace("c,test,dry", "c,test,Dry")
+    assert warnings_of(folder, text) == [
+        "file: has no train row of Dry; they cannot be learned",
+        "file: has no test row of dry, wet; metrics leave them out",
+        "file: has classes whose names are nearly the same: 'Dry', 'dry'",
+    ]
+    flags = "id,split,acl,meniscus,cfp\na,train,1,0,a.png\nb,val,1,1,b.png\n"
+    assert warnings_of(folder, flags, MULTI) == ["file: has no train row of meniscus; they cannot be learned"]
+
+
+def test_the_intensity_of_each_modality_is_used(folder: Path) -> None:
+    np.save(folder / "a.npy", np.full((4, 5), -7, np.int16))
+    text = GOOD.replace("a.png,a.png", "a.png,a.npy").replace("b.png,a.png", "b.png,e.png")
+    (problem,) = problems_of(folder, text)
+    assert problem.startswith(f"row 2: oct: {folder / 'a.npy'}: holds int16")
+    config = DataConfig(modalities=("cfp", "oct"), intensity=("type", "-10:10"))
+    assert len(read(folder, text, config).rows) == 3
+    with pytest.raises(ManifestError, match="cfp: .*holds int16"):
+        read(folder, text.replace("a.png,a.npy", "a.npy,a.png"), config)
+
+
+def test_unchanged_images_are_read_once_and_changed_ones_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in folder.glob("*.png"):
+        os.utime(path, (1_600_000_000, 1_600_000_000))
+    opened = watch_what_is_opened(monkeypatch)
+    read(folder, GOOD)
+    assert len(opened) == 4
+    read(folder, GOOD)
+    assert len(opened) == 4
+    Image.new("L", (3, 2), 77).save(folder / "b.png")
+    read(folder, GOOD)
+    assert [path.name for path in opened[4:]] == ["b.png"]
+    read_manifest(folder / "manifest.csv", CONFIG, cache=False)
+    assert len(opened) == 9
+
+
+def test_paths_may_lead_out_where_that_is_allowed(folder: Path) -> None:
+    config = DataConfig(modalities=("cfp", "oct"), allow_outside=True)
+    for name in ("../outside.png", str(folder.parent / "outside.png")):
+        row = read(folder, GOOD.replace("c.png", name), config).rows[2]
+        assert row.images["cfp"][0].read_bytes() == (folder.parent / "outside.png").read_bytes()
+    with pytest.raises(ManifestError, match="is an address"):
+        read(folder, GOOD.replace("c.png", "file:///etc/passwd"), config)
 
 
 # Arguments

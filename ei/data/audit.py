@@ -1,0 +1,184 @@
+"""What the check of a manifest learns about each image file, and how it is remembered. No torch.
+
+A file is read again unless its path, size and times (of content and of inode, in nanoseconds) are what they
+were, so that training and evaluation need not decode a data set that nobody has touched. What is remembered
+lies in the user's cache folder, is only about files without a fault, and carries its own checksum.
+"""
+
+import base64
+import hashlib
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+from numpy.typing import NDArray
+from PIL import Image
+
+from ei.data.formats.source import between
+from ei.data.images import count_slices, read_slices
+from ei.intensity import Intensity
+
+ALIKE = 0.98
+"""Likeness from which two images are probably one. Measured on slices of registered brains: at most 0.964 between
+two patients, at least 0.988 between a slice and its copy as JPEG of quality 60, or at 0.7 of the size."""
+
+_GRID = 16
+"""Fingerprints are pictures of so many pixels in each direction."""
+_SMALLEST_SIDE = 32
+"""Pixels; smaller images are too coarse to tell apart and get no fingerprint."""
+_LEAST_CONTRAST = 0.02
+"""Of the fingerprint; without it all images look alike."""
+_LARGEST_16_BIT = 65535
+_CHUNK = 2**20
+_VERSION = f"1, Pillow {PIL.__version__}"
+_SETTLED_NS = 2_000_000_000
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known about a file without a fault."""
+
+    sha256: str
+    """Of its bytes."""
+    fingerprint: str = ""
+    """A small picture of the middle slice; empty for images too small or too flat to tell."""
+    brightest: int = 0
+    """The largest number of a file of 16 bits that nothing but the type scales; 0 of all others."""
+
+
+def audit_image(path: Path, intensity: Intensity) -> Facts:
+    """Read a file to the end.
+
+    Raises:
+        ImageError: it cannot be used.
+    """
+    brightest, fingerprint, middle = 0, "", count_slices(path) // 2
+    for index, (slice_, unit) in enumerate(read_slices(path, intensity=intensity)):
+        by_16_bits = (slice_.black, slice_.white, slice_.window) == (0, _LARGEST_16_BIT, None)
+        if by_16_bits and intensity.rule == "type":
+            brightest = max(brightest, int(slice_.values.max()))
+        if index == middle:
+            fingerprint = _fingerprint(unit)
+    return Facts(_sha256(path), fingerprint, brightest)
+
+
+def likeness(one: Sequence[str], other: Sequence[str]) -> NDArray[np.float32]:
+    """How alike images are by their fingerprints: the correlation of their edges, (N, M), at most 1."""
+    return _edges(one) @ _edges(other).T
+
+
+class AuditCache:
+    """What is remembered of the files of one folder.
+
+    Args:
+        folder: of the manifest; names the file of the cache.
+        home: the cache's folder; without it $XDG_CACHE_HOME or ~/.cache. None of it is needed: where it cannot
+            be written, every file is read every time.
+    """
+
+    def __init__(self, folder: Path, home: Path | None = None) -> None:
+        name = hashlib.sha256(os.fsencode(os.path.realpath(folder))).hexdigest()[:20]
+        self._file = (home or _cache_home()) / "mixture-of-ranks" / f"audit-{name}.json"
+        self._entries = self._load()
+        self._changed = False
+        self._lock = threading.Lock()
+
+    def facts(self, path: Path, intensity: Intensity, audit: Callable[[Path, Intensity], Facts]) -> Facts:
+        """Remembered facts if the file is what it was, else those that ``audit`` finds."""
+        key = f"{os.path.realpath(path)}|{intensity.rule} {intensity.low} {intensity.high}"
+        state = _state(path)
+        known = self._entries.get(key)
+        if known and state and known["state"] == state:
+            return Facts(**known["facts"])
+        facts = audit(path, intensity)
+        # A file written just now may be written again without its times changing.
+        settled = state and time.time_ns() - state[1] > _SETTLED_NS
+        if settled and _state(path) == state:
+            with self._lock:
+                self._entries[key] = {"state": state, "facts": asdict(facts)}
+                self._changed = True
+        return facts
+
+    def save(self) -> None:
+        """Write what is new. There is the old file or the new one; it need not survive a crash."""
+        if not self._changed:
+            return
+        temporary = self._file.with_name(f"{self._file.name}.{os.getpid()}")
+        content = json.dumps(self._entries)
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            # Names of files may be names of patients, so nobody else may read them.
+            with open(temporary, "w", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+                file.write(f"{_checksum(content)}\n{content}")
+            os.replace(temporary, self._file)
+        except OSError:
+            with suppress(OSError):
+                temporary.unlink()
+
+    def _load(self) -> dict[str, dict[str, Any]]:
+        try:
+            checksum, _, content = self._file.read_text().partition("\n")
+        except (OSError, ValueError):
+            return {}
+        return json.loads(content) if checksum == _checksum(content) else {}
+
+
+def _cache_home() -> Path:
+    if given := os.environ.get("XDG_CACHE_HOME"):
+        return Path(given)
+    try:
+        return Path.home() / ".cache"
+    except RuntimeError:  # a user without a home, as in some containers
+        return Path(os.devnull)
+
+
+def _checksum(content: str) -> str:
+    # With the version in it, what an older reader found is not trusted.
+    return hashlib.sha256(f"{_VERSION}\n{content}".encode()).hexdigest()
+
+
+def _state(path: Path) -> list[int] | None:
+    try:
+        state = os.stat(path)
+    except OSError:
+        return None
+    return [state.st_size, state.st_mtime_ns, state.st_ctime_ns]
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _fingerprint(pixels: NDArray[np.float32]) -> str:
+    """(H, W) or (H, W, 3) in 0..1."""
+    grey = pixels.mean(axis=2) if pixels.ndim == 3 else pixels
+    if min(grey.shape) < _SMALLEST_SIDE:
+        return ""
+    picture = Image.fromarray(np.ascontiguousarray(grey, np.float32))
+    small = np.asarray(picture.resize((_GRID, _GRID), Image.Resampling.BOX))
+    low, high = float(small.min()), float(small.max())
+    if high - low < _LEAST_CONTRAST:
+        return ""
+    return base64.b64encode(np.rint(between(small, low, high) * 255).astype(np.uint8).tobytes()).decode()
+
+
+def _edges(fingerprints: Sequence[str]) -> NDArray[np.float32]:
+    """Differences of neighbours, (N, 2 x 15 x 15), each row of length 1."""
+    content = b"".join(base64.b64decode(fingerprint) for fingerprint in fingerprints)
+    pictures = np.frombuffer(content, np.uint8).reshape(-1, _GRID, _GRID).astype(np.float32)
+    down, across = np.diff(pictures, axis=1)[:, :, :-1], np.diff(pictures, axis=2)[:, :-1]
+    edges = np.stack([down, across], axis=1).reshape(len(pictures), -1)
+    edges -= edges.mean(axis=1, keepdims=True)
+    return edges / np.maximum(np.linalg.norm(edges, axis=1, keepdims=True), 1e-6)

@@ -1,0 +1,1 @@
+"""One module per kind of file: how it is opened without trusting it, and what its numbers mean."""
