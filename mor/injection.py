@@ -92,22 +92,27 @@ def inject_names(model: nn.Module, names: Iterable[str], config: MoRConfig, back
     requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     names = tuple(names)
     _refuse_hooks(model, names)
-    host_changes = prepare(model, names)
+    host_changes: tuple[HostChange, ...] = ()
+    adapted: dict[nn.Module, MoRLinear] = {}
     try:
-        bases: Any = list(map(model.get_submodule, names))
-        adapted = {base: MoRLinear(base, config, backend=backend) for base in bases}
+        host_changes = prepare(model, names)
+        for base in map(model.get_submodule, names):
+            if base not in adapted:
+                adapted[base] = MoRLinear(base, config, backend=backend)  # type: ignore[arg-type]
+        replace_modules(model, adapted)
+        for parameter in model.parameters():
+            set_requires_grad(parameter, False)
+        for layer in adapted.values():
+            layer.train(layer.base.training)
+            for parameter in layer.adapter_parameters().values():
+                parameter.requires_grad_(True)
+        _remember(model, Injection(config, names, requires_grad, host_changes, backend))
+    # Whatever it was, Ctrl-C included.
     except BaseException:
+        replace_modules(model, {layer: base for base, layer in adapted.items()})
         restore(model, host_changes)
         _set_requires_grad(model, requires_grad)
         raise
-    replace_modules(model, adapted)
-    for parameter in model.parameters():
-        set_requires_grad(parameter, False)
-    for layer in adapted.values():
-        layer.train(layer.base.training)
-        for parameter in layer.adapter_parameters().values():
-            parameter.requires_grad_(True)
-    _remember(model, Injection(config, names, requires_grad, host_changes, backend))
 
 
 def eject(model: Model) -> Model:

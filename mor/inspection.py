@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -220,7 +221,12 @@ def _faults(model: nn.Module, layers: Mapping[str, MoRLinear], example: Any, tra
         if name not in called:
             faults[name] = "not called"
         elif name not in learning:
-            faults[name] = "without a gradient" if _has_effect(model, layer, example) else _no_effect(outputs)
+            # A model may switch gradients off in evaluation by itself.
+            needs_gradient = training or any(y.requires_grad for y in outputs)
+            if not _has_effect(model, layer, example):
+                faults[name] = _no_effect(outputs)
+            elif needs_gradient:
+                faults[name] = "without a gradient"
     return faults
 
 
@@ -252,13 +258,15 @@ def _learning(model: nn.Module, layers: Mapping[str, MoRLinear], outputs: list[T
 @torch.no_grad()
 def _has_effect(model: nn.Module, layer: MoRLinear, example: Any) -> bool:
     enabled = layer.enabled
-    for draw in range(DRAWS if model.training else 1):
-        results = []
-        for layer.enabled in (True, False):
-            results.append(_run(model, example, draw))
+    try:
+        for draw in range(DRAWS if model.training else 1):
+            results = []
+            for layer.enabled in (True, False):
+                results.append(_run(model, example, draw))
+            if any(not torch.equal(one, other) for one, other in zip(*results, strict=True)):
+                return True
+    finally:
         layer.enabled = enabled
-        if any(not torch.equal(one, other) for one, other in zip(*results, strict=True)):
-            return True
     return False
 
 
@@ -309,13 +317,17 @@ def _counted(layers: Mapping[str, MoRLinear]) -> Iterator[set[str]]:
 
         return counted
 
+    # Others may have put a forward of theirs there.
+    before = {name: vars(layer).get("forward") for name, layer in layers.items()}
     for name, layer in layers.items():
         vars(layer)["forward"] = counting(name, layer.forward)
     try:
         yield calls
     finally:
-        for layer in layers.values():
+        for name, layer in layers.items():
             del vars(layer)["forward"]
+            if before[name] is not None:
+                vars(layer)["forward"] = before[name]
 
 
 @torch.no_grad()
@@ -350,6 +362,7 @@ def _everything_restored(model: nn.Module) -> Iterator[None]:
         try:
             yield
         finally:
+            model.train(modes[model])  # for modules that do more than note it
             for module, mode in modes.items():
                 module.training = mode
 
@@ -396,7 +409,7 @@ def _buffers_restored(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _random_states_restored(tensors: Iterable[Tensor]) -> Iterator[None]:
-    state = random.getstate()
+    state, numpy_state = random.getstate(), np.random.get_state()
     devices = {tensor.device for tensor in tensors if tensor.device.type != "cpu"}
     kind = next((device.type for device in devices), "cuda")
     try:
@@ -404,3 +417,4 @@ def _random_states_restored(tensors: Iterable[Tensor]) -> Iterator[None]:
             yield
     finally:
         random.setstate(state)
+        np.random.set_state(numpy_state)

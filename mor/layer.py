@@ -52,8 +52,9 @@ class MoRLinear(nn.Module):
         self.enabled = True
         self._calls_base = not is_plain(base)
 
+        weight = stored_weight(base)
         self.mor_A, self.mor_B, self.mor_router = new_adapter(
-            config, base.in_features, base.out_features, dtype=base.weight.dtype, device=base.weight.device
+            config, base.in_features, base.out_features, dtype=weight.dtype, device=weight.device
         )
 
     def reset_parameters(self) -> None:
@@ -112,7 +113,7 @@ class MoRLinear(nn.Module):
 
     def extra_repr(self) -> str:
         config = self.config
-        weight, backend = self.base.weight, self.backend
+        weight, backend = stored_weight(self.base), self.backend
         if backend == "auto":
             columns = sum(config.ranks) + config.router_outputs
             backend = choose_backend(backend, weight.device, weight.dtype, columns=columns)
@@ -180,11 +181,18 @@ def set_requires_grad(parameter: Tensor, value: bool) -> None:
 
 def has_hooks(base: nn.Module) -> bool:
     """Whether something runs around the layer's forward, which would not run around its weight."""
-    return bool(base._forward_hooks or base._forward_pre_hooks or "forward" in vars(base))
+    hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(base)
 
 
 def is_plain(base: Any) -> bool:
     """Whether ``base`` does nothing but W x + b, with a matrix that can be used in its place."""
-    if type(base).forward is not nn.Linear.forward:
+    if type(base).forward is not nn.Linear.forward or "weight" in getattr(base, "parametrizations", ()):
         return False
     return type(base.weight) in (Tensor, nn.Parameter) and base.weight.is_floating_point()
+
+
+def stored_weight(base: nn.Linear) -> Tensor:
+    """``base.weight``, or what a parametrised one is computed from: to read that may change buffers (spectral_norm)."""
+    parametrizations: Any = getattr(base, "parametrizations", {})
+    return next(parametrizations["weight"].parameters()) if "weight" in parametrizations else base.weight

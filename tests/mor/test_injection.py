@@ -240,3 +240,41 @@ def test_public_names():
     functions = {"mor_linear", "inject", "eject", "disabled", "trainable_parameters", "record_gates", "save", "load"}
     functions |= {"preview", "check", "to_lora", "register_with_peft"}
     assert set(mor.__all__) == functions | {"MoRConfig", "MoRLinear"}
+
+
+class Closed(nn.Sequential):
+    """Takes no new attribute."""
+
+    def __setattr__(self, name, value):
+        if name == "_mor_injection":
+            raise AttributeError("this model is closed")
+        super().__setattr__(name, value)
+
+
+def test_a_failure_at_the_very_end_leaves_the_model_as_it_was():
+    model = Closed(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    modules, flags = list(model), [p.requires_grad for p in model.parameters()]
+    with pytest.raises(AttributeError, match="closed"):
+        inject(model, "*")
+    assert [one is other for one, other in zip(model, modules, strict=True)] == [True] * 3
+    assert [p.requires_grad for p in model.parameters()] == flags
+
+
+def test_ctrl_c_while_layers_are_made_leaves_the_model_as_it_was(vit, monkeypatch):
+    import mor.injection as injection
+
+    made = []
+
+    def interrupted(*args, **kwargs):
+        made.append(True)
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        return MoRLinear(*args, **kwargs)
+
+    monkeypatch.setattr(injection, "MoRLinear", interrupted)
+    before = {name: (id(module), module.training) for name, module in vit.named_modules()}
+    with pytest.raises(KeyboardInterrupt):
+        inject(vit, "qkv")
+    assert {name: (id(module), module.training) for name, module in vit.named_modules()} == before
+    assert all(p.requires_grad for p in vit.parameters())
+    assert not hasattr(vit, "_mor_injection")

@@ -1,5 +1,6 @@
 import random
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -289,3 +290,53 @@ def test_effects_below_the_precision_are_no_fault_of_the_adapter():
     model = inject(Net("unused").half(), "fc")
     with pytest.raises(ValueError, match=r"without effect on the output \(perhaps only in float16: try .* float32\)"):
         check(model, torch.randn(4, 8).half())
+
+
+class Strange(nn.Module):
+    """Draws from numpy, does more than note its mode, and switches gradients off in evaluation by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.Identity()
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(4, 4)})
+        self.merged = False
+
+    def train(self, mode: bool = True):
+        self.merged = not mode
+        return super().train(mode)
+
+    def forward(self, x):
+        np.random.rand(3)
+        with torch.set_grad_enabled(self.training):
+            return self.mlp["fc1"](x)
+
+
+def test_a_model_that_switches_gradients_off_in_evaluation_is_alive_and_left_as_it_was():
+    model = inject(nn.Sequential(Strange()), "fc")
+    layer = model[0].mlp["fc1"]
+    vars(layer)["forward"] = forward = lambda *args: type(layer).forward(layer, *args)
+    np.random.seed(3)
+    expected = np.random.rand()
+    np.random.seed(3)
+    check(model, torch.randn(2, 4))
+    assert np.random.rand() == expected
+    assert not model[0].merged and model.training
+    assert vars(layer)["forward"] is forward
+
+
+def test_adapters_are_enabled_again_when_the_model_raises():
+    class Raises(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn, self.mlp = nn.Identity(), nn.ModuleDict({"fc1": nn.Linear(4, 4)})
+
+        def forward(self, x):
+            y = self.mlp["fc1"](x)
+            if not self.mlp["fc1"].enabled:
+                raise RuntimeError("it cannot do without")
+            return y.detach()
+
+    model = inject(nn.Sequential(Raises()), "fc")
+    with pytest.raises(RuntimeError, match="cannot do without"):
+        check(model, torch.randn(2, 4))
+    assert model[0].mlp["fc1"].enabled

@@ -266,3 +266,24 @@ def test_bitsandbytes_layers(kind):
     nn.init.normal_(layer.mor_B)
     layer(x).float().pow(2).sum().backward()
     assert all(parameter.grad.any() for parameter in layer.adapter_parameters().values())
+
+
+def test_a_parametrised_base_keeps_its_buffers_and_its_bits():
+    """spectral_norm takes a step of its power iteration whenever the weight is read in training."""
+    torch.manual_seed(0)
+    base = nn.utils.parametrizations.spectral_norm(nn.Linear(6, 5)).train()
+    twin = copy.deepcopy(base)
+    layer = MoRLinear(base)
+    repr(layer)
+    x = torch.randn(3, 6)
+    assert torch.equal(layer(x), twin(x))
+    for one, other in zip(base.buffers(), twin.buffers(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_backward_hooks_of_the_base_would_no_longer_run(register):
+    base = nn.Linear(4, 4)
+    getattr(base, register)(lambda *_: None)
+    with pytest.raises(ValueError, match="hooks"):
+        MoRLinear(base)
