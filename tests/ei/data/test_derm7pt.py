@@ -58,7 +58,9 @@ def write_release(
             file = home / "images" / name
             file.parent.mkdir(parents=True, exist_ok=True)
             if pixels:
-                Image.new("RGB", (724, 512) if name == "Gll/Gll018.jpg" else (96, 64), (90, 60, 50)).save(file, "JPEG")
+                size = (724, 512) if name == "Gll/Gll018.jpg" else (96, 64)
+                # The comment makes each file another one.
+                Image.new("RGB", size, (90, 60, 50)).save(file, "JPEG", comment=name)
             else:
                 file.write_bytes(b"x")
     return home

@@ -83,7 +83,8 @@ def write_lines(path: Path, lines: Sequence[str]) -> None:
 
 def write_image(path: Path, grey: int, pixels: bool) -> None:
     if pixels:
-        Image.new("RGB", (16, 16), (grey, grey, grey)).save(path)
+        # The comment makes each file another one.
+        Image.new("RGB", (16, 16), (grey, grey, grey)).save(path, comment=path.name)
     else:
         path.write_bytes(b"x")
 

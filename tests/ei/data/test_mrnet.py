@@ -34,7 +34,7 @@ def write_release(
             for number, exam in enumerate(flags):
                 file = home / folder / plane / f"{exam}.npy"
                 if pixels:
-                    np.save(file, np.full((slices + number, 256, 256), 10 * number, np.uint8))
+                    np.save(file, np.full((slices + number, 256, 256), 10 * number + (folder == "valid"), np.uint8))
                 else:
                     file.write_bytes(b"x")
         for position, name in enumerate(("abnormal", "acl", "meniscus")):

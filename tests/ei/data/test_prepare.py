@@ -44,8 +44,8 @@ def table(path: Path) -> list[list[str]]:
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     (tmp_path / "set" / FOLDER).mkdir(parents=True)
-    for name in ("a.png", "b.png"):
-        Image.new("L", (2, 2)).save(tmp_path / "set" / FOLDER / name)
+    for grey, name in enumerate(("a.png", "b.png")):
+        Image.new("L", (2, 2), grey).save(tmp_path / "set" / FOLDER / name)
     return tmp_path / "set"
 
 
@@ -63,8 +63,8 @@ def test_paths_are_relative_to_the_manifest_wherever_it_lies(root: Path, monkeyp
 
 
 def test_no_cell_of_either_file_is_a_formula(root: Path) -> None:
-    for name in ("@a.png", "-b.png"):
-        Image.new("L", (2, 2)).save(root / FOLDER / name)
+    for grey, name in enumerate(("@a.png", "-b.png")):
+        Image.new("L", (2, 2), grey).save(root / FOLDER / name)
     prepare(Made(root, root / FOLDER / "m.csv", names=("@a.png", "-b.png")))
     cells = [cell for file in ("m.csv", "skipped.csv") for row in table(root / FOLDER / file) for cell in row]
     assert not [cell for cell in cells if cell.startswith(("=", "+", "-", "@"))]
