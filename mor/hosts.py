@@ -146,8 +146,15 @@ def prepare(model: nn.Module, names: Iterable[str]) -> tuple[HostChange, ...]:
             before = type(module) if need.attribute == "__class__" else getattr(module, need.attribute)
             change = HostChange(host, need.attribute, before, need.value)
             changes.setdefault((id(module), need.attribute), change)
-    for change in changes.values():
-        _set(model.get_submodule(change.module), change.attribute, change.after)
+    tried = []
+    try:
+        for change in changes.values():
+            tried.append(change)
+            _make(model.get_submodule(change.module), change)
+    except BaseException:
+        for change in reversed(tried):
+            _undo(model.get_submodule(change.module), change)
+        raise
     return tuple(changes.values())
 
 
@@ -156,7 +163,7 @@ def restore(model: nn.Module, changes: Sequence[HostChange]) -> None:
     gone = lost_hosts(model, changes)
     for change in changes:
         if change not in gone:
-            _set(model.get_submodule(change.module), change.attribute, change.before)
+            _undo(model.get_submodule(change.module), change)
 
 
 def lost_hosts(model: nn.Module, changes: Iterable[HostChange]) -> list[HostChange]:
@@ -171,18 +178,21 @@ def _is_in_place(module: nn.Module | None, change: HostChange) -> bool:
     return hasattr(module, change.attribute)
 
 
-def _set(module: nn.Module, attribute: str, value: Any) -> None:
-    if attribute != "__class__":
-        setattr(module, attribute, value)
-        return
-    bare = bare_projections(module)
-    borrowed = [name for name, child in module.named_children() if isinstance(child, BorrowedLinear)]
-    module.__class__ = value
-    for name in borrowed:
-        delattr(module, name)
-    if not borrowed:
-        for name, projection in bare.items():
-            setattr(module, name, projection)
+def _make(module: nn.Module, change: HostChange) -> None:
+    projections = bare_projections(module) if change.attribute == "__class__" else {}
+    setattr(module, change.attribute, change.after)
+    for name, projection in projections.items():
+        setattr(module, name, projection)
+
+
+def _undo(module: nn.Module, change: HostChange) -> None:
+    """Also of a change that was made only in part, or not at all."""
+    if getattr(module, change.attribute) is not change.before:
+        setattr(module, change.attribute, change.before)
+    if change.attribute == "__class__":
+        for name, child in list(module.named_children()):
+            if isinstance(child, BorrowedLinear):
+                delattr(module, name)
 
 
 def _needs(model: nn.Module, name: str) -> Iterator[tuple[str, Need]]:

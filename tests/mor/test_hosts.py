@@ -190,6 +190,24 @@ def test_preparing_twice_changes_nothing_more():
     assert type(attention) is nn.MultiheadAttention
 
 
+@pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("failing", ["__class__", "in_proj", "k_proj", "use_nested_tensor"])
+def test_a_change_that_fails_undoes_those_before_it(monkeypatch, failing, kind):
+    model = nn.Sequential(encoder(), multihead(kdim=6, vdim=4))
+    last = {"use_nested_tensor": model[0], "k_proj": model[1]}.get(failing, model[0].layers[1].self_attn)
+    before, set_attribute = snapshot(model), nn.Module.__setattr__
+
+    def fail(module, name, value):
+        if module is last and name == failing:
+            raise kind
+        set_attribute(module, name, value)
+
+    monkeypatch.setattr(nn.Module, "__setattr__", fail)
+    with pytest.raises(kind):
+        prepare(model, linear_names(model))
+    assert snapshot(model) == before
+
+
 def encoder(**options) -> nn.Module:
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, **options)
     return nn.TransformerEncoder(layer, 2, enable_nested_tensor=not options)
