@@ -37,6 +37,9 @@ REPLACEMENTS = {
     "torchvision.models.swin_transformer.ShiftedWindowAttentionV2": Replacement(
         "mor.torchvision_attention", "CallingShiftedWindowAttentionV2", ("qkv", "proj")
     ),
+    "torchvision.models.video.swin_transformer.ShiftedWindowAttention3d": Replacement(
+        "mor.torchvision_attention", "CallingShiftedWindowAttention3d", ("qkv", "proj")
+    ),
 }
 
 

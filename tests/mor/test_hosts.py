@@ -244,6 +244,13 @@ def torchvision_swin(version: int) -> nn.Module:
     return swin.SwinTransformer([4, 4], 16, [2, 2], [2, 2], [3, 3], stochastic_depth_prob=0.0, num_classes=3, **more)
 
 
+def torchvision_video_swin() -> nn.Module:
+    swin = pytest.importorskip("torchvision").models.video.swin_transformer
+    return swin.SwinTransformer3d(
+        [2, 4, 4], 16, [2, 2], [2, 2], window_size=[2, 3, 3], stochastic_depth_prob=0.0, num_classes=3
+    )
+
+
 def open_clip_tower(**options) -> nn.Module:
     open_clip = pytest.importorskip("open_clip")
     more = {"mlp_ratio": 2.0, "output_dim": 8, **options}
@@ -266,6 +273,7 @@ HOSTS = {
     # 28 / 4 = 7 tokens a side: not a multiple of the window of 3.
     "torchvision Swin": (lambda: torchvision_swin(1), 28),
     "torchvision SwinV2": (lambda: torchvision_swin(2), 28),
+    "torchvision video Swin": (torchvision_video_swin, (6, 28, 28)),
     "open_clip": (open_clip_tower, 16),
     "open_clip custom": (lambda: open_clip_tower(block_type="custom"), 16),
     "open_clip custom, normalised": (
@@ -286,7 +294,9 @@ def host(request) -> tuple[nn.Module, torch.Tensor]:
         # Some are born as zeros, such as torchvision's head, and would hide what is in front of them.
         is_scale = parameter.dim() == 1 and "bias" not in name
         nn.init.normal_(parameter, mean=float(is_scale), std=0.2)
-    return model, torch.randn(3, 5, 8) if size is None else torch.randn(2, 3, size, size)
+    if size is None:
+        return model, torch.randn(3, 5, 8)
+    return model, torch.randn(2, 3, *(size if isinstance(size, tuple) else (size, size)))
 
 
 def snapshot(model: nn.Module) -> dict:
@@ -444,6 +454,18 @@ def test_torchvision_windows_on_maps_that_are_not_square(version, height, width)
     with torch.no_grad():
         output = model(x)
         torch.testing.assert_close(inject(model, ["qkv", "proj"])(x), output, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(2, 28, 28), (10, 8, 28), (6, 24, 36), (1, 4, 4)])
+def test_torchvision_windows_on_videos(size):
+    """A window larger than the video shrinks to it, and is not shifted along that side."""
+    model, x = torchvision_video_swin().eval(), torch.randn(2, 3, *size)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    with torch.no_grad():
+        output = model(x)
+        torch.testing.assert_close(inject(model, ["qkv", "proj"])(x), output, atol=1e-5, rtol=1e-4)
+    assert note(torchvision_video_swin(), "features.0.0.attn.qkv") == "attention replaced"
 
 
 def test_text_towers_and_their_masks():
