@@ -1,4 +1,4 @@
-"""torchvision's shifted-window attention (Swin, SwinV2, video Swin), calling ``qkv`` and ``proj`` to let them be adapted.
+"""torchvision's shifted-window attention (Swin, SwinV2, video Swin), calling ``qkv`` and ``proj`` for their adapters.
 
 Shapes: B batch, T x Y x X map of tokens (T in videos only), D width, H heads, n windows, W tokens in a window.
 """

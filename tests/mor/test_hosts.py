@@ -86,6 +86,38 @@ def test_multihead_attention_computes_the_same(options, kind):
             same(one, other)
 
 
+@pytest.mark.parametrize(("training", "gradients"), list(product([True, False], repeat=2)))
+@pytest.mark.parametrize("kind", ["self", "memory", "all different"])
+@pytest.mark.parametrize("options", [*OPTIONS[:6], {"batch_first": True, "bias": False}], ids=str)
+def test_multihead_attention_lies_in_memory_as_before(options, kind, training, gradients):
+    """What a model does to the output with view must work with an adapter, too."""
+    attention = multihead(**options).train(training)
+    twin = called(attention)
+    x = inputs(attention, kind)
+    keys = x[1].shape[int(attention.batch_first)]
+    masks = [
+        {},
+        {"attn_mask": torch.zeros(5, keys)},
+        {"attn_mask": torch.zeros(5, keys, dtype=torch.bool)},
+        {"key_padding_mask": torch.zeros(3, keys, dtype=torch.bool)},
+        {"key_padding_mask": torch.zeros(3, keys)},
+    ]
+    with torch.set_grad_enabled(gradients):
+        for mask, need, average in product(masks, (True, False), (True, False)):
+            settings = {**mask, "need_weights": need, "average_attn_weights": average}
+            strides = [[y.stride() for y in module(*x, **settings) if y is not None] for module in (twin, attention)]
+            assert strides[0] == strides[1], settings
+
+
+def test_multihead_attention_of_frozen_weights_lies_in_memory_as_before():
+    attention = multihead(batch_first=True).requires_grad_(False)
+    x = torch.randn(2, 5, 8)
+    for batch in (x, x.clone().requires_grad_()):
+        assert called(attention)(batch, batch, batch)[0].stride() == attention(batch, batch, batch)[0].stride()
+    one = x[0]
+    assert called(attention)(one, one, one)[0].stride() == attention(one, one, one)[0].stride()
+
+
 @pytest.mark.parametrize("need", [True, False])
 def test_multihead_attention_without_a_batch(need):
     attention = multihead(batch_first=True)
