@@ -144,6 +144,21 @@ def test_multihead_attention_with_a_causal_hint(need):
         called(attention)(x, x, x, is_causal=True)
 
 
+@pytest.mark.parametrize("need", [True, False])
+def test_multihead_attention_with_a_causal_hint_and_padding(need):
+    attention = multihead(batch_first=True).train()
+    x = torch.randn(3, 5, 8)
+    padding = torch.arange(5).expand(3, -1) >= torch.tensor([[5], [2], [4]])
+    settings = {
+        "attn_mask": nn.Transformer.generate_square_subsequent_mask(5).isinf(),
+        "is_causal": True,
+        "need_weights": need,
+    }
+    output = called(attention)(x, x, x, padding, **settings)[0]
+    same(output, attention(x, x, x, padding, **settings)[0])
+    assert not torch.allclose(output, attention(x, x, x, **settings)[0], atol=1e-3)
+
+
 def test_multihead_attention_refuses_what_it_does_not_understand():
     x = torch.randn(2, 5, 8)
     twin = called(multihead(batch_first=True))
@@ -162,6 +177,18 @@ def test_multihead_attention_drops_out_only_in_training(need):
     assert torch.equal(one, other)
     attention.train()
     assert not torch.allclose(attention(x, x, x, need_weights=need)[0], one)
+
+
+@pytest.mark.parametrize("need", [True, False])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_multihead_attention_drops_out_what_it_did(need, batch_first):
+    attention = multihead(dropout=0.3, batch_first=batch_first).train()
+    x, outputs = torch.randn(2, 5, 8), []
+    for module in (called(attention), attention):
+        torch.manual_seed(4)
+        outputs.append(module(x, x, x, need_weights=need))
+    for one, other in zip(*outputs, strict=True):
+        same(one, other)
 
 
 def test_multihead_attention_has_the_same_gradients():
@@ -498,6 +525,70 @@ def test_torchvision_windows_on_videos(size):
         output = model(x)
         torch.testing.assert_close(inject(model, ["qkv", "proj"])(x), output, atol=1e-5, rtol=1e-4)
     assert note(torchvision_video_swin(), "features.0.0.attn.qkv") == "attention replaced"
+
+
+@pytest.mark.parametrize(("of_weights", "of_output"), [(0.5, 0.0), (0.0, 0.5), (0.3, 0.3)])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("build", [lambda: torchvision_swin(1), lambda: torchvision_swin(2), torchvision_video_swin])
+def test_torchvision_windows_drop_out_what_they_did(build, training, of_weights, of_output):
+    """The same draws in the same order, so the same seed drops the same."""
+    model = build().train(training)
+    size = (6, 28, 28) if "3d" in type(model).__name__ else (28, 28)
+    x = torch.randn(2, 3, *size)
+    for attention in [module for module in model.modules() if hasattr(module, "attention_dropout")]:
+        attention.attention_dropout, attention.dropout = of_weights, of_output
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+
+    def output() -> torch.Tensor:
+        torch.manual_seed(4)
+        return model(x)
+
+    with torch.no_grad():
+        before = output()
+        prepare(model, [name for name in linear_names(model) if name.endswith("qkv")])
+        torch.testing.assert_close(output(), before, atol=1e-4, rtol=1e-4)
+
+
+def open_clip_attention(**options) -> nn.Module:
+    attention = pytest.importorskip("open_clip").transformer.Attention(32, 2, **options).eval()
+    for parameter in attention.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return attention
+
+
+@pytest.mark.parametrize("options", [{}, {"qk_norm": True}], ids=str)
+def test_open_clip_attention_sees_what_it_saw(options):
+    attention = open_clip_attention(**options)
+    twin = copy.deepcopy(attention)
+    prepare(twin, ["in_proj"])
+    x = torch.randn(3, 5, 32)
+    hidden = torch.ones(5, 5, dtype=torch.bool).triu(1)
+    for mask in (None, hidden, torch.randn(5, 5), hidden.expand(6, 5, 5), torch.randn(6, 5, 5)):
+        same(twin(x, mask), attention(x, mask))
+    assert not torch.allclose(twin(x, hidden), twin(x), atol=1e-3)
+
+
+@pytest.mark.parametrize(("of_weights", "of_output"), [(0.5, 0.0), (0.0, 0.5), (0.3, 0.3)])
+@pytest.mark.parametrize("training", [True, False])
+def test_open_clip_attention_drops_out_what_it_did(training, of_weights, of_output):
+    attention = open_clip_attention(attn_drop=of_weights, proj_drop=of_output).train(training)
+    twin = copy.deepcopy(attention)
+    prepare(twin, ["in_proj"])
+    x, outputs = torch.randn(3, 5, 32), []
+    for module in (twin, attention):
+        torch.manual_seed(4)
+        outputs.append(module(x))
+    same(*outputs)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_open_clip_cosine_attention_drops_out_in_training_only(training):
+    """open_clip's own cannot compute it (bmm on four dimensions)."""
+    attention = open_clip_attention(scaled_cosine=True, attn_drop=0.5).train(training)
+    prepare(attention, ["in_proj"])
+    x = torch.randn(3, 5, 32)
+    assert torch.equal(attention(x), attention(x)) != training
 
 
 def test_text_towers_and_their_masks():
