@@ -241,7 +241,11 @@ def _encoder_layer_fast_path(module: nn.Module, child: str) -> Need | None:
 
 
 def _nested_tensors(module: nn.Module, child: str) -> Need | None:
-    """With a padding mask, evaluation goes through nested tensors, which only that kernel takes."""
+    """With a padding mask, evaluation goes through nested tensors, which only that kernel takes.
+
+    They come back with zeros at the padded positions. Without them, these hold what the layers compute there, as in
+    training; the others are the same.
+    """
     if isinstance(module, nn.TransformerEncoder) and getattr(module, "use_nested_tensor", False):
         return Need("use_nested_tensor", False)
     return None

@@ -498,7 +498,9 @@ def test_a_padding_mask_in_evaluation():
     with torch.no_grad():
         output = model(x, src_key_padding_mask=padding)
         inject(model, "fc", layers=1)
-        torch.testing.assert_close(model(x, src_key_padding_mask=padding)[~padding], output[~padding])
+        adapted = model(x, src_key_padding_mask=padding)
+        torch.testing.assert_close(adapted[~padding], output[~padding])
+        assert not output[padding].any() and adapted[padding].all(), "what docs/zoo.md says of padded positions"
         perturb(model)
         assert not torch.allclose(model(x, src_key_padding_mask=padding)[~padding], output[~padding], atol=1e-3)
 
