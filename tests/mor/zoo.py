@@ -399,8 +399,8 @@ loaded exactly; and that `mor.eject` gives back the same model, bit for bit.
 Parameters that are all zero, or nearly so, are filled with random values before: a fresh layer scale, or a fresh norm
 of SwinV2, hides the adapters in front of it, and `mor.check` names it; train or set such parameters first.
 
-nn.TransformerEncoder with a padding mask, in evaluation, gives zeros at the padded positions; adapted, it gives what its
-layers compute there, as it always does in training. The positions that are not padded are the same.
+nn.TransformerEncoder with a padding mask, in evaluation, gives zeros at the padded positions; adapted, it gives what
+its layers compute there, as it always does in training. The positions that are not padded are the same.
 
 Made by `make zoo`.
 
