@@ -38,12 +38,12 @@ class CallingMultiheadAttention(nn.MultiheadAttention):
             raise ValueError("an adapted nn.MultiheadAttention takes no nested tensors; pad them and pass a mask")
         if is_causal and attn_mask is None:
             raise ValueError("is_causal says that attn_mask is causal: attn_mask is needed, got None")
-        is_batched, tokens = query.dim() == 3, int(self.batch_first)
+        is_batched = query.dim() == 3
         q, k, v = self._project(query, key, value)
         if not is_batched:
             q, k, v = (x.unsqueeze(0) for x in (q, k, v))
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
-        elif not tokens:
+        elif not self.batch_first:
             q, k, v = (x.transpose(0, 1) for x in (q, k, v))
 
         if self.bias_k is not None and self.bias_v is not None:
@@ -64,13 +64,28 @@ class CallingMultiheadAttention(nn.MultiheadAttention):
             x = weights @ v
         else:
             x = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal_alone)
-        x = self.out_proj(x.transpose(1, 2).flatten(2))  # (B, L, D)
+        # In memory as torch's: outside its fast path, the queries are outermost.
+        batch_outermost = self._has_fast_path(query, key, value, attn_mask, key_padding_mask)
+        x = x.permute(0, 2, 1, 3) if batch_outermost else x.permute(2, 0, 1, 3)
+        x = self.out_proj(x.flatten(2).contiguous())  # (B, L, D) or (L, B, D)
 
         if weights is not None and average_attn_weights:
             weights = weights.mean(1)
         if not is_batched:
-            return x.squeeze(0), None if weights is None else weights.squeeze(0)
-        return x if tokens else x.transpose(0, 1), weights
+            return x.squeeze(1), None if weights is None else weights.squeeze(0)
+        return x if batch_outermost or not self.batch_first else x.transpose(0, 1), weights
+
+    def _has_fast_path(self, query: Tensor, key: Tensor, value: Tensor, *masks: Tensor | None) -> bool:
+        """Whether nn.MultiheadAttention would hand everything to one kernel, whose output is batch first in memory."""
+        trains = torch.is_grad_enabled() and any(x.requires_grad for x in (query, *self.parameters()))
+        return (
+            not (self.training or trains or torch.is_autocast_enabled())
+            and torch.backends.mha.get_fastpath_enabled()
+            and (self.batch_first and query.dim() == 3 and query is key is value)
+            and (self.in_proj_weight is not None and self.in_proj_bias is not None)
+            and not (self.num_heads % 2 or self.bias_k is not None or self.add_zero_attn)
+            and not any(mask is not None and mask.is_floating_point() for mask in masks)
+        )
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         if not self._qkv_same_embed_dim:

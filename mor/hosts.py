@@ -37,6 +37,9 @@ REPLACEMENTS = {
     "torchvision.models.swin_transformer.ShiftedWindowAttentionV2": Replacement(
         "mor.torchvision_attention", "CallingShiftedWindowAttentionV2", ("qkv", "proj")
     ),
+    "torchvision.models.video.swin_transformer.ShiftedWindowAttention3d": Replacement(
+        "mor.torchvision_attention", "CallingShiftedWindowAttention3d", ("qkv", "proj")
+    ),
 }
 
 
@@ -146,8 +149,15 @@ def prepare(model: nn.Module, names: Iterable[str]) -> tuple[HostChange, ...]:
             before = type(module) if need.attribute == "__class__" else getattr(module, need.attribute)
             change = HostChange(host, need.attribute, before, need.value)
             changes.setdefault((id(module), need.attribute), change)
-    for change in changes.values():
-        _set(model.get_submodule(change.module), change.attribute, change.after)
+    tried = []
+    try:
+        for change in changes.values():
+            tried.append(change)
+            _make(model.get_submodule(change.module), change)
+    except BaseException:
+        for change in reversed(tried):
+            _undo(model.get_submodule(change.module), change)
+        raise
     return tuple(changes.values())
 
 
@@ -156,7 +166,7 @@ def restore(model: nn.Module, changes: Sequence[HostChange]) -> None:
     gone = lost_hosts(model, changes)
     for change in changes:
         if change not in gone:
-            _set(model.get_submodule(change.module), change.attribute, change.before)
+            _undo(model.get_submodule(change.module), change)
 
 
 def lost_hosts(model: nn.Module, changes: Iterable[HostChange]) -> list[HostChange]:
@@ -171,18 +181,21 @@ def _is_in_place(module: nn.Module | None, change: HostChange) -> bool:
     return hasattr(module, change.attribute)
 
 
-def _set(module: nn.Module, attribute: str, value: Any) -> None:
-    if attribute != "__class__":
-        setattr(module, attribute, value)
-        return
-    bare = bare_projections(module)
-    borrowed = [name for name, child in module.named_children() if isinstance(child, BorrowedLinear)]
-    module.__class__ = value
-    for name in borrowed:
-        delattr(module, name)
-    if not borrowed:
-        for name, projection in bare.items():
-            setattr(module, name, projection)
+def _make(module: nn.Module, change: HostChange) -> None:
+    projections = bare_projections(module) if change.attribute == "__class__" else {}
+    setattr(module, change.attribute, change.after)
+    for name, projection in projections.items():
+        setattr(module, name, projection)
+
+
+def _undo(module: nn.Module, change: HostChange) -> None:
+    """Also of a change that was made only in part, or not at all."""
+    if getattr(module, change.attribute) is not change.before:
+        setattr(module, change.attribute, change.before)
+    if change.attribute == "__class__":
+        for name, child in list(module.named_children()):
+            if isinstance(child, BorrowedLinear):
+                delattr(module, name)
 
 
 def _needs(model: nn.Module, name: str) -> Iterator[tuple[str, Need]]:
@@ -228,7 +241,11 @@ def _encoder_layer_fast_path(module: nn.Module, child: str) -> Need | None:
 
 
 def _nested_tensors(module: nn.Module, child: str) -> Need | None:
-    """With a padding mask, evaluation goes through nested tensors, which only that kernel takes."""
+    """With a padding mask, evaluation goes through nested tensors, which only that kernel takes.
+
+    They come back with zeros at the padded positions. Without them, these hold what the layers compute there, as in
+    training; the others are the same.
+    """
     if isinstance(module, nn.TransformerEncoder) and getattr(module, "use_nested_tensor", False):
         return Need("use_nested_tensor", False)
     return None

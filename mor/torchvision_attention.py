@@ -1,14 +1,17 @@
-"""torchvision's shifted-window attention (Swin, SwinV2), calling ``qkv`` and ``proj`` so that they can be adapted.
+"""torchvision's shifted-window attention (Swin, SwinV2, video Swin), calling ``qkv`` and ``proj`` for their adapters.
 
-Shapes: B batch, Y x X map of tokens, D width, H heads, W tokens in a window.
+Shapes: B batch, T x Y x X map of tokens (T in videos only), D width, H heads, n windows, W tokens in a window.
 """
 
 import math
+from collections.abc import Sequence
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
+from torchvision.models.video.swin_transformer import ShiftedWindowAttention3d
 
 
 class CallingShiftedWindowAttention(ShiftedWindowAttention):
@@ -16,7 +19,7 @@ class CallingShiftedWindowAttention(ShiftedWindowAttention):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, Y, X, D) -> (B, Y, X, D)."""
-        return _attend(self, x)
+        return _attend(self, x, self.window_size, self.get_relative_position_bias())
 
 
 class CallingShiftedWindowAttentionV2(ShiftedWindowAttentionV2):
@@ -24,17 +27,29 @@ class CallingShiftedWindowAttentionV2(ShiftedWindowAttentionV2):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, Y, X, D) -> (B, Y, X, D)."""
-        return _attend(self, x)
+        return _attend(self, x, self.window_size, self.get_relative_position_bias())
 
 
-def _attend(attention: ShiftedWindowAttention, x: Tensor) -> Tensor:
-    height, width = x.shape[1:3]
-    window = attention.window_size
-    x = F.pad(x, (0, 0, 0, -width % window[1], 0, -height % window[0]))
-    size = x.shape[1:3]
+class CallingShiftedWindowAttention3d(ShiftedWindowAttention3d):
+    """The same attention, with ``qkv`` and ``proj`` called; :mod:`mor.hosts` gives it this class."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, Y, X, D) -> (B, T, Y, X, D)."""
+        window = [min(sides) for sides in zip(self.window_size, x.shape[1:-1], strict=True)]
+        return _attend(self, x, window, self.get_relative_position_bias(window))
+
+
+def _attend(
+    attention: ShiftedWindowAttention | ShiftedWindowAttention3d, x: Tensor, window: Sequence[int], bias: Tensor
+) -> Tensor:
+    """Attention within each window of the map; bias is (1, H, W, W)."""
+    unpadded = x.shape[1:-1]
+    x = F.pad(x, (0, 0, *chain(*((0, -unpadded[i] % window[i]) for i in reversed(range(len(window)))))))
+    size = x.shape[1:-1]
     # One window that holds everything has nowhere to shift to.
-    shift = [0 if window[i] >= size[i] else attention.shift_size[i] for i in range(2)]
-    x = x.roll((-shift[0], -shift[1]), (1, 2))
+    shift = [0 if window[i] >= size[i] else attention.shift_size[i] for i in range(len(window))]
+    sides = list(range(1, len(window) + 1))
+    x = x.roll([-s for s in shift], sides)
     windows = _split(x, window)  # (B, n, W, D)
 
     qkv = attention.qkv(windows)
@@ -49,36 +64,45 @@ def _attend(attention: ShiftedWindowAttention, x: Tensor) -> Tensor:
         logits = q @ k.transpose(-2, -1) * attention.logit_scale.clamp(max=math.log(100)).exp()
     else:
         logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-    logits = logits + attention.get_relative_position_bias()  # (1, H, W, W)
+    logits = logits + bias
     if any(shift):
         logits = logits + _mask(size, window, shift, logits)
 
     weights = F.dropout(logits.softmax(-1), attention.attention_dropout, attention.training)
     y = attention.proj((weights @ v).transpose(2, 3).flatten(3))
     y = F.dropout(y, attention.dropout, attention.training)
-    y = _join(y, size, window).roll((shift[0], shift[1]), (1, 2))
-    return y[:, :height, :width].contiguous()
+    y = _join(y, size, window).roll(shift, sides)
+    for side, length in zip(sides, unpadded, strict=True):
+        y = y.narrow(side, 0, length)
+    return y.contiguous()
 
 
-def _split(x: Tensor, window: list[int]) -> Tensor:
-    """(B, Y, X, D) -> (B, n, W, D)."""
-    return x.unflatten(1, (-1, window[0])).unflatten(3, (-1, window[1])).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+def _split(x: Tensor, window: Sequence[int]) -> Tensor:
+    """(B, T, Y, X, D) -> (B, n, W, D)."""
+    count = len(window)
+    for i in range(count):
+        x = x.unflatten(1 + 2 * i, (-1, window[i]))
+    x = x.permute(0, *range(1, 2 * count, 2), *range(2, 2 * count + 1, 2), 2 * count + 1)
+    return x.flatten(count + 1, 2 * count).flatten(1, count)
 
 
-def _join(x: Tensor, size: tuple[int, ...], window: list[int]) -> Tensor:
-    """(B, n, W, D) -> (B, Y, X, D)."""
-    rows, columns = size[0] // window[0], size[1] // window[1]
-    x = x.unflatten(1, (rows, columns)).unflatten(3, (window[0], window[1]))
-    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+def _join(x: Tensor, size: Sequence[int], window: Sequence[int]) -> Tensor:
+    """(B, n, W, D) -> (B, T, Y, X, D)."""
+    count = len(window)
+    x = x.unflatten(2, tuple(window)).unflatten(1, tuple(size[i] // window[i] for i in range(count)))
+    x = x.permute(0, *chain(*((1 + i, 1 + count + i) for i in range(count))), 2 * count + 1)
+    for side in range(1, count + 1):
+        x = x.flatten(side, side + 1)
+    return x
 
 
-def _mask(size: tuple[int, ...], window: list[int], shift: list[int], like: Tensor) -> Tensor:
+def _mask(size: Sequence[int], window: Sequence[int], shift: Sequence[int], like: Tensor) -> Tensor:
     """What the shift brought together from opposite borders does not see each other: (n, 1, W, W)."""
-    regions = []
-    for i in range(2):
+    region = torch.zeros((), dtype=torch.int, device=like.device)
+    for i in range(len(size)):
         position = torch.arange(size[i], device=like.device)
-        regions.append((position >= size[i] - window[i]).int() + (position >= size[i] - shift[i]).int())
-    region = regions[0][:, None] * 3 + regions[1]
-    region = _split(region[None, :, :, None], window)[0, :, :, 0]  # (n, W)
+        along = (position >= size[i] - window[i]).int() + (position >= size[i] - shift[i]).int()
+        region = region[..., None] * 3 + along
+    region = _split(region[None, ..., None], window)[0, :, :, 0]  # (n, W)
     apart = region[:, None, :, None] != region[:, None, None, :]
     return torch.where(apart, -100.0, 0.0).to(like.dtype)

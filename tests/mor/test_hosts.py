@@ -86,6 +86,38 @@ def test_multihead_attention_computes_the_same(options, kind):
             same(one, other)
 
 
+@pytest.mark.parametrize(("training", "gradients"), list(product([True, False], repeat=2)))
+@pytest.mark.parametrize("kind", ["self", "memory", "all different"])
+@pytest.mark.parametrize("options", [*OPTIONS[:6], {"batch_first": True, "bias": False}], ids=str)
+def test_multihead_attention_lies_in_memory_as_before(options, kind, training, gradients):
+    """What a model does to the output with view must work with an adapter, too."""
+    attention = multihead(**options).train(training)
+    twin = called(attention)
+    x = inputs(attention, kind)
+    keys = x[1].shape[int(attention.batch_first)]
+    masks = [
+        {},
+        {"attn_mask": torch.zeros(5, keys)},
+        {"attn_mask": torch.zeros(5, keys, dtype=torch.bool)},
+        {"key_padding_mask": torch.zeros(3, keys, dtype=torch.bool)},
+        {"key_padding_mask": torch.zeros(3, keys)},
+    ]
+    with torch.set_grad_enabled(gradients):
+        for mask, need, average in product(masks, (True, False), (True, False)):
+            settings = {**mask, "need_weights": need, "average_attn_weights": average}
+            strides = [[y.stride() for y in module(*x, **settings) if y is not None] for module in (twin, attention)]
+            assert strides[0] == strides[1], settings
+
+
+def test_multihead_attention_of_frozen_weights_lies_in_memory_as_before():
+    attention = multihead(batch_first=True).requires_grad_(False)
+    x = torch.randn(2, 5, 8)
+    for batch in (x, x.clone().requires_grad_()):
+        assert called(attention)(batch, batch, batch)[0].stride() == attention(batch, batch, batch)[0].stride()
+    one = x[0]
+    assert called(attention)(one, one, one)[0].stride() == attention(one, one, one)[0].stride()
+
+
 @pytest.mark.parametrize("need", [True, False])
 def test_multihead_attention_without_a_batch(need):
     attention = multihead(batch_first=True)
@@ -112,6 +144,21 @@ def test_multihead_attention_with_a_causal_hint(need):
         called(attention)(x, x, x, is_causal=True)
 
 
+@pytest.mark.parametrize("need", [True, False])
+def test_multihead_attention_with_a_causal_hint_and_padding(need):
+    attention = multihead(batch_first=True).train()
+    x = torch.randn(3, 5, 8)
+    padding = torch.arange(5).expand(3, -1) >= torch.tensor([[5], [2], [4]])
+    settings = {
+        "attn_mask": nn.Transformer.generate_square_subsequent_mask(5).isinf(),
+        "is_causal": True,
+        "need_weights": need,
+    }
+    output = called(attention)(x, x, x, padding, **settings)[0]
+    same(output, attention(x, x, x, padding, **settings)[0])
+    assert not torch.allclose(output, attention(x, x, x, **settings)[0], atol=1e-3)
+
+
 def test_multihead_attention_refuses_what_it_does_not_understand():
     x = torch.randn(2, 5, 8)
     twin = called(multihead(batch_first=True))
@@ -130,6 +177,18 @@ def test_multihead_attention_drops_out_only_in_training(need):
     assert torch.equal(one, other)
     attention.train()
     assert not torch.allclose(attention(x, x, x, need_weights=need)[0], one)
+
+
+@pytest.mark.parametrize("need", [True, False])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_multihead_attention_drops_out_what_it_did(need, batch_first):
+    attention = multihead(dropout=0.3, batch_first=batch_first).train()
+    x, outputs = torch.randn(2, 5, 8), []
+    for module in (called(attention), attention):
+        torch.manual_seed(4)
+        outputs.append(module(x, x, x, need_weights=need))
+    for one, other in zip(*outputs, strict=True):
+        same(one, other)
 
 
 def test_multihead_attention_has_the_same_gradients():
@@ -190,6 +249,24 @@ def test_preparing_twice_changes_nothing_more():
     assert type(attention) is nn.MultiheadAttention
 
 
+@pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("failing", ["__class__", "in_proj", "k_proj", "use_nested_tensor"])
+def test_a_change_that_fails_undoes_those_before_it(monkeypatch, failing, kind):
+    model = nn.Sequential(encoder(), multihead(kdim=6, vdim=4))
+    last = {"use_nested_tensor": model[0], "k_proj": model[1]}.get(failing, model[0].layers[1].self_attn)
+    before, set_attribute = snapshot(model), nn.Module.__setattr__
+
+    def fail(module, name, value):
+        if module is last and name == failing:
+            raise kind
+        set_attribute(module, name, value)
+
+    monkeypatch.setattr(nn.Module, "__setattr__", fail)
+    with pytest.raises(kind):
+        prepare(model, linear_names(model))
+    assert snapshot(model) == before
+
+
 def encoder(**options) -> nn.Module:
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, **options)
     return nn.TransformerEncoder(layer, 2, enable_nested_tensor=not options)
@@ -226,6 +303,13 @@ def torchvision_swin(version: int) -> nn.Module:
     return swin.SwinTransformer([4, 4], 16, [2, 2], [2, 2], [3, 3], stochastic_depth_prob=0.0, num_classes=3, **more)
 
 
+def torchvision_video_swin() -> nn.Module:
+    swin = pytest.importorskip("torchvision").models.video.swin_transformer
+    return swin.SwinTransformer3d(
+        [2, 4, 4], 16, [2, 2], [2, 2], window_size=[2, 3, 3], stochastic_depth_prob=0.0, num_classes=3
+    )
+
+
 def open_clip_tower(**options) -> nn.Module:
     open_clip = pytest.importorskip("open_clip")
     more = {"mlp_ratio": 2.0, "output_dim": 8, **options}
@@ -248,6 +332,7 @@ HOSTS = {
     # 28 / 4 = 7 tokens a side: not a multiple of the window of 3.
     "torchvision Swin": (lambda: torchvision_swin(1), 28),
     "torchvision SwinV2": (lambda: torchvision_swin(2), 28),
+    "torchvision video Swin": (torchvision_video_swin, (6, 28, 28)),
     "open_clip": (open_clip_tower, 16),
     "open_clip custom": (lambda: open_clip_tower(block_type="custom"), 16),
     "open_clip custom, normalised": (
@@ -268,7 +353,9 @@ def host(request) -> tuple[nn.Module, torch.Tensor]:
         # Some are born as zeros, such as torchvision's head, and would hide what is in front of them.
         is_scale = parameter.dim() == 1 and "bias" not in name
         nn.init.normal_(parameter, mean=float(is_scale), std=0.2)
-    return model, torch.randn(3, 5, 8) if size is None else torch.randn(2, 3, size, size)
+    if size is None:
+        return model, torch.randn(3, 5, 8)
+    return model, torch.randn(2, 3, *(size if isinstance(size, tuple) else (size, size)))
 
 
 def snapshot(model: nn.Module) -> dict:
@@ -411,7 +498,9 @@ def test_a_padding_mask_in_evaluation():
     with torch.no_grad():
         output = model(x, src_key_padding_mask=padding)
         inject(model, "fc", layers=1)
-        torch.testing.assert_close(model(x, src_key_padding_mask=padding)[~padding], output[~padding])
+        adapted = model(x, src_key_padding_mask=padding)
+        torch.testing.assert_close(adapted[~padding], output[~padding])
+        assert not output[padding].any() and adapted[padding].all(), "what docs/zoo.md says of padded positions"
         perturb(model)
         assert not torch.allclose(model(x, src_key_padding_mask=padding)[~padding], output[~padding], atol=1e-3)
 
@@ -426,6 +515,82 @@ def test_torchvision_windows_on_maps_that_are_not_square(version, height, width)
     with torch.no_grad():
         output = model(x)
         torch.testing.assert_close(inject(model, ["qkv", "proj"])(x), output, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(2, 28, 28), (10, 8, 28), (6, 24, 36), (1, 4, 4)])
+def test_torchvision_windows_on_videos(size):
+    """A window larger than the video shrinks to it, and is not shifted along that side."""
+    model, x = torchvision_video_swin().eval(), torch.randn(2, 3, *size)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    with torch.no_grad():
+        output = model(x)
+        torch.testing.assert_close(inject(model, ["qkv", "proj"])(x), output, atol=1e-5, rtol=1e-4)
+    assert note(torchvision_video_swin(), "features.0.0.attn.qkv") == "attention replaced"
+
+
+@pytest.mark.parametrize(("of_weights", "of_output"), [(0.5, 0.0), (0.0, 0.5), (0.3, 0.3)])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("build", [lambda: torchvision_swin(1), lambda: torchvision_swin(2), torchvision_video_swin])
+def test_torchvision_windows_drop_out_what_they_did(build, training, of_weights, of_output):
+    """The same draws in the same order, so the same seed drops the same."""
+    model = build().train(training)
+    size = (6, 28, 28) if "3d" in type(model).__name__ else (28, 28)
+    x = torch.randn(2, 3, *size)
+    for attention in [module for module in model.modules() if hasattr(module, "attention_dropout")]:
+        attention.attention_dropout, attention.dropout = of_weights, of_output
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+
+    def output() -> torch.Tensor:
+        torch.manual_seed(4)
+        return model(x)
+
+    with torch.no_grad():
+        before = output()
+        prepare(model, [name for name in linear_names(model) if name.endswith("qkv")])
+        torch.testing.assert_close(output(), before, atol=1e-4, rtol=1e-4)
+
+
+def open_clip_attention(**options) -> nn.Module:
+    attention = pytest.importorskip("open_clip").transformer.Attention(32, 2, **options).eval()
+    for parameter in attention.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return attention
+
+
+@pytest.mark.parametrize("options", [{}, {"qk_norm": True}], ids=str)
+def test_open_clip_attention_sees_what_it_saw(options):
+    attention = open_clip_attention(**options)
+    twin = copy.deepcopy(attention)
+    prepare(twin, ["in_proj"])
+    x = torch.randn(3, 5, 32)
+    hidden = torch.ones(5, 5, dtype=torch.bool).triu(1)
+    for mask in (None, hidden, torch.randn(5, 5), hidden.expand(6, 5, 5), torch.randn(6, 5, 5)):
+        same(twin(x, mask), attention(x, mask))
+    assert not torch.allclose(twin(x, hidden), twin(x), atol=1e-3)
+
+
+@pytest.mark.parametrize(("of_weights", "of_output"), [(0.5, 0.0), (0.0, 0.5), (0.3, 0.3)])
+@pytest.mark.parametrize("training", [True, False])
+def test_open_clip_attention_drops_out_what_it_did(training, of_weights, of_output):
+    attention = open_clip_attention(attn_drop=of_weights, proj_drop=of_output).train(training)
+    twin = copy.deepcopy(attention)
+    prepare(twin, ["in_proj"])
+    x, outputs = torch.randn(3, 5, 32), []
+    for module in (twin, attention):
+        torch.manual_seed(4)
+        outputs.append(module(x))
+    same(*outputs)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_open_clip_cosine_attention_drops_out_in_training_only(training):
+    """open_clip's own cannot compute it (bmm on four dimensions)."""
+    attention = open_clip_attention(scaled_cosine=True, attn_drop=0.5).train(training)
+    prepare(attention, ["in_proj"])
+    x = torch.randn(3, 5, 32)
+    assert torch.equal(attention(x), attention(x)) != training
 
 
 def test_text_towers_and_their_masks():

@@ -115,6 +115,11 @@ def torchvision_swin(version: int) -> Entry:
     return Entry(build, (2, 3, 28, 28))
 
 
+def torchvision_video_swin() -> nn.Module:
+    swin = importlib.import_module("torchvision").models.video.swin_transformer
+    return swin.SwinTransformer3d([2, 4, 4], 16, [2, 2], [2, 2], [2, 3, 3], num_classes=3)
+
+
 def torchvision_vit() -> nn.Module:
     return importlib.import_module("torchvision").models.VisionTransformer(32, 16, 2, 2, 32, 64, num_classes=3)
 
@@ -253,6 +258,7 @@ ZOO: dict[str, Entry] = {
     "torchvision ViT": Entry(torchvision_vit),
     "torchvision Swin": torchvision_swin(1),
     "torchvision SwinV2": torchvision_swin(2),
+    "torchvision video Swin": Entry(torchvision_video_swin, (2, 3, 6, 28, 28)),
     "torchvision MaxViT": Entry(torchvision_maxvit),
     "torch TransformerEncoder": torch_encoder(batch_first=True),
     "torch TransformerEncoder, norm first": torch_encoder(batch_first=True, norm_first=True, activation="gelu"),
@@ -392,6 +398,9 @@ loaded exactly; and that `mor.eject` gives back the same model, bit for bit.
 
 Parameters that are all zero, or nearly so, are filled with random values before: a fresh layer scale, or a fresh norm
 of SwinV2, hides the adapters in front of it, and `mor.check` names it; train or set such parameters first.
+
+nn.TransformerEncoder with a padding mask, in evaluation, gives zeros at the padded positions; adapted, it gives what
+its layers compute there, as it always does in training. The positions that are not padded are the same.
 
 Made by `make zoo`.
 
