@@ -467,15 +467,22 @@ def test_narrow_models(case, autocast_adapter_dtype, dtype):
     y.sum().backward()
 
 
-def test_further_active_adapters_keep_a_narrow_models_dtype():
-    case = Case("MLP")
-    model = get_peft_model(case.build().bfloat16(), case.config())
-    model.add_adapter("other", case.config())
+class Narrowing(nn.Linear):
+    """As quantised layers do, it answers in a dtype of its own."""
+
+    def forward(self, input):
+        return super().forward(input).bfloat16()
+
+
+@pytest.mark.parametrize(("base", "dtype"), [(nn.Linear, torch.bfloat16), (Narrowing, torch.float32)])
+def test_further_active_adapters_keep_the_dtype_of_the_base(base, dtype):
+    config = MorConfig(target_modules=["0"])
+    model = get_peft_model(nn.Sequential(base(4, 3)).to(dtype), config)
+    model.add_adapter("other", config)
     model.base_model.set_adapter(["default", "other"])
-    for layer in layers_of(model).values():
-        assert layer.mor_A["other"].dtype == torch.float32 and len(layer.active_here) == 2
-        for x in (torch.randn(4, layer.in_features).bfloat16(), torch.randn(0, layer.in_features).bfloat16()):
-            assert layer(x).dtype == torch.bfloat16
+    layer = randomised(model).base_model.model[0]
+    assert layer.mor_A["other"].dtype == torch.float32 and len(layer.active_here) == 2
+    assert layer(torch.randn(5, 4, dtype=dtype)).dtype == torch.bfloat16
 
 
 def test_autocast_gives_what_the_model_gave(case):
@@ -892,6 +899,19 @@ def test_a_failure_in_the_middle_leaves_the_model_as_it_was(monkeypatch):
     assert snapshot(model) == before and not model.blocks[0].attn.qkv_bias_separate
     assert not getattr(model, "_mor_host_changes", ()) and torch.equal(model(x), expected)
     assert len(layers_of(get_peft_model(model, config))) == 2 and model.blocks[0].attn.qkv_bias_separate
+
+
+def test_a_failure_at_the_end_leaves_parameters_trainable(monkeypatch):
+    def failing(self, model):
+        model.requires_grad_(False)
+        raise MemoryError("after freezing")
+
+    model = beit()
+    before = snapshot(model)
+    monkeypatch.setattr(MorModel, "_mark_only_adapters_as_trainable", failing)
+    with pytest.raises(MemoryError, match="after freezing"):
+        get_peft_model(model, MorConfig(target_modules=["qkv"]))
+    assert snapshot(model) == before
 
 
 def test_a_further_adapter_that_fails_in_the_middle_leaves_the_first(monkeypatch):
