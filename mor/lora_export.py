@@ -157,7 +157,7 @@ def _export(
     layers = mor_layers(model)
     _refuse_unfit(layers)
     parts, tensors = tensors_to_save(model, extra)
-    modules = modules_to_save(parts, list(layers))
+    modules = modules_to_save(parts, list(layers), model.state_dict())
     tensors = {name: tensors[name] for name in parts}
     batches = _some("batches", batches)
     measured = ("batches", batches := list(batches)) if held_out is None else ("held_out", _some("held_out", held_out))

@@ -44,11 +44,14 @@ def to_peft(directory: str | os.PathLike[str], peft_directory: str | os.PathLike
 
     Args:
         directory: A folder written by :func:`mor.save`. Its other parts, such as a head, become ``modules_to_save``.
+            peft reads those as the ends of names, and the folder does not know the whole model: peft cannot load the
+            result where another module with parameters has a name that ends alike.
         peft_directory: Made if need be; an adapter that is there is replaced, with its README.md.
 
     Raises:
         ValueError: the folder cannot be read, or holds parts that peft cannot hold: parameters of the model itself,
-            or of a module that contains adapted layers; or files of others are where the new ones belong.
+            or of a module that contains adapted layers, or whose name is the end of an adapted layer's; or files of
+            others are where the new ones belong.
     """
     config, modules, extra, tensors = read_folder(Path(directory))
     description = {
@@ -85,8 +88,16 @@ def from_peft(peft_directory: str | os.PathLike[str], directory: str | os.PathLi
     write_folder(directory, config, modules, extra, tensors)
 
 
-def modules_to_save(names: Iterable[str], adapted: Sequence[str]) -> list[str]:
+def modules_to_save(names: Iterable[str], adapted: Sequence[str], state: Iterable[str] = ()) -> list[str]:
     """The outermost modules that hold these parameters and buffers; peft saves modules, not tensors.
+
+    Args:
+        names: Of the parameters and buffers to save.
+        adapted: Names of the layers with adapters.
+        state: Names of all the model's parameters and buffers, as far as known.
+
+    Raises:
+        ValueError: peft would not save these modules, or others as well.
 
     >>> modules_to_save(["head.0.weight", "head.scale", "norm.bias"], adapted=["blocks.0.fc"])
     ['head', 'norm']
@@ -100,7 +111,34 @@ def modules_to_save(names: Iterable[str], adapted: Sequence[str]) -> list[str]:
             raise ValueError(f"peft saves modules as a whole and cannot hold '{name}', which {reason}")
         modules.append(module)
     kept = dict.fromkeys(modules)
-    return [module for module in kept if not any(module.startswith(f"{other}.") for other in kept)]
+    outermost = [module for module in kept if not any(module.startswith(f"{other}.") for other in kept)]
+    _refuse_ambiguous(outermost, adapted, state)
+    return outermost
+
+
+def _refuse_ambiguous(modules: Sequence[str], adapted: Sequence[str], state: Iterable[str]) -> None:
+    """peft takes every module whose name ends like one of these; only those without tensors do no harm."""
+    plain = [name for name in state if not name.startswith(tuple(f"{layer}." for layer in adapted))]
+    holders = {
+        PREFIX + holder for name in (*plain, *(f"{layer}.weight" for layer in adapted)) for holder in _above(name)
+    }
+    holders |= set(_above(PREFIX))
+    for module in modules:
+        others = sorted(other for other in holders - {PREFIX + name for name in modules} if other.endswith(module))
+        if others:
+            raise ValueError(
+                f"peft reads modules_to_save as the ends of names and cannot hold '{module}' alone, because"
+                f" '{others[0].removeprefix(PREFIX)}' ends alike; leave it out of extra and save it by itself"
+            )
+
+
+def _above(name: str) -> list[str]:
+    """
+    >>> _above("head.0.weight")
+    ['head', 'head.0']
+    """
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts))]
 
 
 def write_peft_folder(

@@ -10,9 +10,10 @@ place of mor.disabled; and mor.to_lora and mor.trainable_parameters as they are.
 Shapes: K in, O out, R sum of ranks, G router outputs.
 """
 
+import copy
 import glob
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial, wraps
@@ -97,7 +98,8 @@ class MorConfig(PeftConfig):
         target_modules: Full names of layers, roles and patterns as in :func:`mor.inject` ("qkv", "fc"), or the ends
             of names after a dot, as in peft; the first of these that a model has is meant. A string is a regular
             expression of full names, or one of the above, or "all-linear": every linear layer except the model's
-            classifier. Once the adapter is in a model, these are the full names of its layers, and saved so.
+            classifier. The model's copy of the settings, in ``model.peft_config``, has the full names of its layers,
+            and is saved so; what you passed stays as it was.
         exclude_modules: Layers to leave alone, named in the same ways.
         layers_to_transform: Numbers of the blocks to adapt, for roles as in :func:`mor.inject`, for names as in peft.
         layers_pattern: Name of the list of blocks, if numbers are to be read from the layers' names, as in peft.
@@ -191,6 +193,21 @@ class MorLinear(nn.Module, BaseTunerLayer):
         # To the dtype of the base; with autocast_adapter_dtype, peft goes back to fp32 from there.
         self._move_adapter_to_device_of_base_layer(adapter_name)
 
+    def adapters(self) -> tuple[Any, list[dict[str, Any]]]:
+        """Which are active, and what there is of each, for :meth:`set_adapters`."""
+        return self._active_adapter, [dict(holder.items()) for holder in self._holders]
+
+    def set_adapters(self, active: Any, contents: Iterable[Mapping[str, Any]]) -> None:
+        """Bring back what :meth:`adapters` gave, and nothing else."""
+        self._active_adapter = active
+        for holder, content in zip(self._holders, contents, strict=True):
+            holder.clear()
+            holder.update(content)
+
+    @property
+    def _holders(self) -> tuple[Any, ...]:
+        return self.mor_A, self.mor_B, self.mor_router, self.mor_config
+
     def forward(self, input: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """(..., K) -> (..., O), with the active adapters; or with one for each row of the batch, if named."""
         if self.disable_adapters:
@@ -275,6 +292,23 @@ class MorModel(BaseTuner):
 
     prefix = "mor_"
     tuner_layer_cls = MorLinear
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add the adapter of this name, with a copy of its settings; if that fails, the model is as it was.
+
+        Raises:
+            ValueError: the name of the adapter cannot be used.
+        """
+        _check_adapter_name(adapter_name)
+        given = self.peft_config[adapter_name]
+        self.peft_config[adapter_name] = copy.deepcopy(given)
+        undo = _undo(self.model)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except BaseException:
+            self.peft_config[adapter_name] = given
+            undo()
+            raise
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         # peft calls this before it changes anything, so here is the last chance to refuse.
@@ -363,6 +397,37 @@ class MorModel(BaseTuner):
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _check_adapter_name(name: str) -> None:
+    # Adapters are kept in these two under their names, and torch has no room there for some.
+    taken = any(hasattr(container(), name) for container in (nn.ModuleDict, nn.ParameterDict))
+    if not name or "." in name or taken:
+        raise ValueError(
+            "adapter_name must not be empty, have a dot, or be an attribute of torch's ModuleDict or ParameterDict,"
+            f" got {name!r}; choose another name"
+        )
+
+
+def _undo(model: nn.Module) -> Callable[[], None]:
+    """What brings the model back to how it is now, whatever part of an adapter has been added since."""
+    trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    changes = getattr(model, "_mor_host_changes", ())
+    layers = {layer: layer.adapters() for layer in _mor_layers(model)}
+
+    def undo() -> None:
+        added = [layer for layer in _mor_layers(model) if layer not in layers]
+        replace_modules(model, {layer: layer.base_layer for layer in added})
+        for layer, adapters in layers.items():
+            layer.set_adapters(*adapters)
+        with _bare(model):
+            restore(model, getattr(model, "_mor_host_changes", ())[len(changes) :])
+        if hasattr(model, "_mor_host_changes"):
+            model._mor_host_changes = changes  # type: ignore[assignment]
+        for parameter, requires_grad in trainable.items():
+            parameter.requires_grad = requires_grad
+
+    return undo
 
 
 def _pass_on(
@@ -462,6 +527,11 @@ def _resolve(model: nn.Module, config: MorConfig) -> tuple[tuple[str, ...], tupl
             f"target_modules must match linear layers only, but match {', '.join(odd)}; leave them out with"
             " exclude_modules"
         )
+    if lazy := [name for name in targets if name in modules and _is_uninitialised(modules[name])]:
+        raise ValueError(
+            f"target_modules must match layers that have their weights, but {', '.join(lazy)} do not know their size"
+            " yet; call the model once before"
+        )
     if refused := refusals(model, [name for name in targets if name in linears]):
         listed = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
         raise ValueError(f"an adapter on these layers would do nothing: {listed}; leave them out with exclude_modules")
@@ -536,6 +606,10 @@ def _is_saved(name: str, config: MorConfig) -> bool:
 def _is_linear(module: nn.Module) -> bool:
     # Quantised layers need not be nn.Linear, and are called, not looked into.
     return hasattr(module, "in_features") and hasattr(module, "out_features")
+
+
+def _is_uninitialised(module: nn.Module) -> bool:
+    return any(nn.parameter.is_lazy(parameter) for parameter in module.parameters())
 
 
 def _as_tuple(name: str, values: Any) -> Any:

@@ -110,6 +110,28 @@ def test_the_head_goes_along(trained, vit, images, tmp_path):
     torch.testing.assert_close(plain_lora(vit, tmp_path)(images), trained(images), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("name", "other"), [("proj", "blocks.0.attn.proj"), ("model", "base_model"), ("ed", "patch_embed")]
+)
+def test_parts_whose_name_is_the_end_of_another(vit, images, tmp_path, name, other):
+    """peft would take the other module for one that was saved, and miss its parameters."""
+    vit.add_module(name, nn.Linear(2, 2))
+    model = randomised(inject(vit, "fc"))
+    with pytest.raises(ValueError, match=f"cannot hold '{name}' alone, because '{other}' ends alike"):
+        to_lora(model, [images], tmp_path / "out", extra=f"{name}.*")
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_that_end_alike_may_be_saved_together_or_be_empty(vit, images, tmp_path):
+    vit.add_module("neck_head", nn.Linear(2, 2))
+    assert any(name.endswith(".norm") for name, _ in vit.named_modules())
+    trained = randomised(inject(copy.deepcopy(vit), "fc"))
+    nn.init.normal_(trained.head.weight)
+    nn.init.normal_(trained.norm.weight)
+    to_lora(with_constant_gates(trained), [images], tmp_path, extra=["head.*", "neck_head.*", "norm.*"])
+    torch.testing.assert_close(plain_lora(vit, tmp_path)(images), trained(images), rtol=1e-4, atol=1e-4)
+
+
 def test_the_model_is_left_as_it_was(trained, images, tmp_path):
     trained.train()
     trained.blocks[0].eval()

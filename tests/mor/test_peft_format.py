@@ -90,6 +90,14 @@ def test_parts_that_peft_cannot_hold(trained, tmp_path, extra, reason):
     assert not (tmp_path / "peft").exists()
 
 
+def test_parts_whose_name_is_the_end_of_an_adapted_layers(vit, tmp_path):
+    vit.add_module("fc1", nn.Linear(2, 2))
+    save(inject(vit, ["blocks.0.mlp.fc1"]), tmp_path / "mor", extra="fc1.*")
+    with pytest.raises(ValueError, match="cannot hold 'fc1' alone, because 'blocks.0.mlp.fc1' ends alike"):
+        to_peft(tmp_path / "mor", tmp_path / "peft")
+    assert not (tmp_path / "peft").exists()
+
+
 def test_load_says_how_to_convert(folder, vit, tmp_path):
     to_peft(folder, tmp_path / "peft")
     with pytest.raises(ValueError, match=r"written by peft: mor.peft_format.from_peft\(folder, new_folder\)") as error:

@@ -467,6 +467,24 @@ def test_narrow_models(case, autocast_adapter_dtype, dtype):
     y.sum().backward()
 
 
+class Narrowing(nn.Linear):
+    """As quantised layers do, it answers in a dtype of its own."""
+
+    def forward(self, input):
+        return super().forward(input).bfloat16()
+
+
+@pytest.mark.parametrize(("base", "dtype"), [(nn.Linear, torch.bfloat16), (Narrowing, torch.float32)])
+def test_further_active_adapters_keep_the_dtype_of_the_base(base, dtype):
+    config = MorConfig(target_modules=["0"])
+    model = get_peft_model(nn.Sequential(base(4, 3)).to(dtype), config)
+    model.add_adapter("other", config)
+    model.base_model.set_adapter(["default", "other"])
+    layer = randomised(model).base_model.model[0]
+    assert layer.mor_A["other"].dtype == torch.float32 and len(layer.active_here) == 2
+    assert layer(torch.randn(5, 4, dtype=dtype)).dtype == torch.bfloat16
+
+
 def test_autocast_gives_what_the_model_gave(case):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert case.trained()(case.x).dtype == case.build()(case.x).dtype
@@ -833,6 +851,95 @@ def test_refused_before_anything_is_touched(what):
         get_peft_model(model, config)
     assert snapshot(model) == before and not hasattr(model, "peft_config")
     assert config.target_modules == given
+
+
+def test_layers_without_weights_are_refused_before_anything_is_touched():
+    model = nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(3))
+    before = list(model.modules())
+    with pytest.raises(ValueError, match="but 1 do not know their size yet; call the model once before"):
+        get_peft_model(model, MorConfig(target_modules=["0", "1"]))
+    assert list(model.modules()) == before and model[0].weight.requires_grad
+    model(torch.randn(2, 4))
+    assert len(layers_of(get_peft_model(model, MorConfig(target_modules=["0", "1"])))) == 2
+
+
+def beit() -> nn.Module:
+    return timm.models.Beit(img_size=16, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5)
+
+
+@pytest.mark.parametrize("name", ["a.b", "keys", "training", "forward"])
+def test_names_that_no_adapter_can_have(name):
+    model = beit()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=f"^adapter_name must not be empty, have a dot.* got '{name}'"):
+        get_peft_model(model, MorConfig(target_modules=["qkv"]), adapter_name=name)
+    assert snapshot(model) == before and not model.blocks[0].attn.qkv_bias_separate
+    assert not hasattr(model, "_mor_host_changes")
+
+
+def failing_at_second(monkeypatch) -> None:
+    update_layer, calls = MorLinear.update_layer, []
+
+    def failing(self, *args):
+        update_layer(self, *args)
+        calls.append(self)
+        if len(calls) == 2:
+            raise MemoryError("at the second layer")
+
+    monkeypatch.setattr(MorLinear, "update_layer", failing)
+
+
+def test_a_failure_in_the_middle_leaves_the_model_as_it_was(monkeypatch):
+    model, config = seeded(beit), MorConfig(target_modules=["qkv"])
+    before, x = snapshot(model), torch.randn(2, 3, 16, 16)
+    expected = model(x)
+    failing_at_second(monkeypatch)
+    with pytest.raises(MemoryError):
+        get_peft_model(model, config)
+    assert snapshot(model) == before and not model.blocks[0].attn.qkv_bias_separate
+    assert not getattr(model, "_mor_host_changes", ()) and torch.equal(model(x), expected)
+    assert len(layers_of(get_peft_model(model, config))) == 2 and model.blocks[0].attn.qkv_bias_separate
+
+
+def test_a_failure_at_the_end_leaves_parameters_trainable(monkeypatch):
+    def failing(self, model):
+        model.requires_grad_(False)
+        raise MemoryError("after freezing")
+
+    model = beit()
+    before = snapshot(model)
+    monkeypatch.setattr(MorModel, "_mark_only_adapters_as_trainable", failing)
+    with pytest.raises(MemoryError, match="after freezing"):
+        get_peft_model(model, MorConfig(target_modules=["qkv"]))
+    assert snapshot(model) == before
+
+
+def test_a_further_adapter_that_fails_in_the_middle_leaves_the_first(monkeypatch):
+    model = randomised(get_peft_model(seeded(beit), MorConfig(target_modules=["fc1"]))).eval()
+    before, x = snapshot(model), torch.randn(2, 3, 16, 16)
+    expected = model(x)
+    failing_at_second(monkeypatch)
+    with pytest.raises(MemoryError):
+        model.add_adapter("other", MorConfig(target_modules=["fc1", "qkv"]))
+    assert snapshot(model) == before and list(model.peft_config) == ["default"]
+    assert not model.base_model.model.blocks[0].attn.qkv_bias_separate and torch.equal(model(x), expected)
+    model.add_adapter("other", MorConfig(target_modules=["fc1", "qkv"]))
+    assert sum("other" in layer.mor_A for layer in layers_of(model).values()) == 4
+
+
+@pytest.mark.parametrize("inject", [get_peft_model, peft.inject_adapter_in_model])
+def test_settings_can_be_used_for_another_model(inject):
+    config = MorConfig(target_modules=["qkv"], exclude_modules=["blocks.0.attn.qkv"])
+    given = copy.deepcopy(vars(config))
+    for depth in (2, 4):
+        arguments = (VIT(depth=depth), config)
+        model = inject(*(arguments if inject is get_peft_model else reversed(arguments)))
+        names = [f"blocks.{i}.attn.qkv" for i in range(1, depth)]
+        assert [name.partition("blocks")[2] for name in layers_of(model)] == [n.removeprefix("blocks") for n in names]
+        assert model.peft_config["default"].target_modules == tuple(names)
+        assert {name: getattr(config, name) for name in ("target_modules", "exclude_modules")} == {
+            name: given[name] for name in ("target_modules", "exclude_modules")
+        }
 
 
 def test_a_refused_further_adapter_leaves_the_first(case):
