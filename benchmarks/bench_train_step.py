@@ -37,8 +37,9 @@ from ei.config import Config, DataConfig, ModelConfig, TrainConfig
 from ei.data.sample import Batch
 from ei.losses import loss_terms
 from ei.models import Backbone, build_model, load_backbone
+from ei.optimisation import Step, make_optimizer
+from ei.processes import Processes
 from ei.runtime import arithmetic, choose_device, narrow_frozen
-from ei.training import make_optimizer, train_step
 from mor_kernels.measure import quantiles
 
 PACKAGES = ("torch", "triton", "timm")
@@ -145,7 +146,7 @@ def gradients(model: nn.Module, batch: Batch, precision: str) -> Tensor:
     assert batch.labels is not None
     with arithmetic(batch.labels.device, precision):
         output = model(batch)
-    loss_terms(output, batch.labels, aux_weight=0.3, gate_weight=0.1, gate_prior=0)["total"].backward()
+    loss_terms(output, batch.labels, aux_weight=0.3, gate_weight=0.1, gate_prior=MODALITIES[0])["total"].backward()
     return torch.cat([p.grad.float().flatten() for p in model.parameters() if p.grad is not None])
 
 
@@ -172,9 +173,10 @@ def measure_variant(
         if mode != "off":
             compile_backbones(model, mode)
         optimizer = make_optimizer(list(mor.trainable_parameters(model).values()), settings)
+        take = Step(model, optimizer, settings, Processes(device), gate_prior=MODALITIES[0])
 
         def step() -> None:
-            train_step(model, batch, optimizer, settings, 0)  # waits for the device, to read the loss
+            take([batch])  # waits for the device, to read the loss
 
         started = time.perf_counter()
         step()

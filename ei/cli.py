@@ -16,7 +16,8 @@ from ei.data.mmc_amd import MmcAmd
 from ei.data.mrnet import MRNet
 from ei.data.prepare import Source
 from ei.data.prepare import prepare as prepare_source
-from ei.interrupts import Interrupted
+from ei.interrupts import ElsewhereError, Interrupted
+from ei.progress import is_speaker
 
 USAGE = """\
 usage: ei COMMAND [OPTIONS]
@@ -149,12 +150,14 @@ def run(words: Sequence[str]) -> int:
         if "EI_TRACEBACK" in os.environ:
             raise
         reason = explain_missing(error) if isinstance(error, ModuleNotFoundError) else error
-        print(f"ei {words[0]}: {reason}", file=sys.stderr)
+        print(f"ei {words[0]}{_which_process()}: {reason}", file=sys.stderr)
+        return 1
+    except ElsewhereError:
         return 1
     except Interrupted as interrupted:
-        print(
-            f"ei {words[0]}: stopped by {interrupted} and saved; the same command goes on from there", file=sys.stderr
-        )
+        if is_speaker():
+            stopped = f"ei {words[0]}: stopped by {interrupted} and saved; the same command goes on from there"
+            print(stopped, file=sys.stderr)
         return interrupted.exit_code
     except KeyboardInterrupt:
         print(f"ei {words[0]}: interrupted", file=sys.stderr)
@@ -241,8 +244,13 @@ def params(words: Sequence[str]) -> None:
 def _show(folder: Path) -> None:
     from ei.evaluation import metrics_table
 
-    for line in metrics_table(folder):
+    for line in metrics_table(folder) if is_speaker() else ():
         print(line)
+
+
+def _which_process() -> str:
+    """Of those that torchrun has started; most faults all of them find, some only one."""
+    return "" if is_speaker() else f" (process {os.environ['RANK']})"
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {

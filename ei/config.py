@@ -66,8 +66,11 @@ class DataConfig:
     """Probability of a horizontal flip in training."""
     jitter: float = 0.3
     """Contrast, brightness and saturation of training images are scaled by 1 - jitter .. 1 + jitter."""
-    balance: bool = False
-    """Repeat samples of rare classes in training until all classes are equally frequent."""
+    balance: Literal["off", "oversample", "auto", "weights"] = "off"
+    """'oversample': repeat samples of rare classes in training until all classes are equally frequent; 'auto': let
+    them count more in the loss, by how rare they are; 'weights': by --class-weights."""
+    class_weights: Floats = ()
+    """What a sample of each class counts in the loss, in the order of the classes; with several labels, each label."""
 
     def __post_init__(self) -> None:
         _require(self.images in ("mean", "one"), "images", "'mean' or 'one'", self.images)
@@ -83,6 +86,12 @@ class DataConfig:
         _require(0 <= self.rotation <= 180, "rotation", "between 0 and 180", self.rotation)
         _require(0 <= self.crop < 0.5, "crop", "at least 0 and less than 0.5", self.crop)
         _require(0 <= self.flip <= 1, "flip", "between 0 and 1", self.flip)
+        choices = ("off", "oversample", "auto", "weights")
+        _require(self.balance in choices, "balance", f"one of {', '.join(choices)}", self.balance)
+        has_weights = self.balance == "weights"
+        _require(not has_weights or bool(self.class_weights), "class_weights", "given with balance 'weights'", "none")
+        _require(has_weights or not self.class_weights, "balance", "'weights' with class_weights", self.balance)
+        _require(all(weight > 0 for weight in self.class_weights), "class_weights", "positive", self.class_weights)
         _require(0 <= self.jitter < 1, "jitter", "at least 0 and less than 1", self.jitter)
         for name, values in (("modalities", self.modalities), ("labels", self.labels), ("classes", self.classes)):
             _require(not isinstance(values, str), name, "a tuple of names", values)
@@ -164,7 +173,9 @@ class TrainConfig:
     weight_decay: float = 1e-4
     """On all trained parameters."""
     batch_size: int = 8
-    """Samples per step."""
+    """Samples per step of the optimiser, over all processes."""
+    micro_batch: int = 0
+    """Most samples that a process takes through the model at once; 0: all of its share. Gradients are accumulated."""
     epochs: int = 200
     """Most epochs of a stage; without validation rows, exactly so many."""
     patience: int = 10
@@ -185,12 +196,14 @@ class TrainConfig:
     """Of initialisation, order, augmentation and resampling."""
     device: str = "auto"
     """'auto' (CUDA, Apple's, else the CPU) or a torch device."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the ViTs' arithmetic; weights and losses stay in fp32."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of the ViTs' arithmetic; weights and losses stay in fp32. With fp16 the loss is scaled."""
     compile: Literal["off", "on", "graphs"] = "off"
     """torch.compile of the ViTs in training, for small batches; 'graphs': and CUDA graphs. Takes minutes to start."""
     workers: int = 0
     """Processes that load images."""
+    tensorboard: bool = False
+    """Write the history for TensorBoard, too: tensorboard --logdir RUN shows it."""
     save_minutes: float = 10.0
     """A snapshot to go on from is written after so many minutes within an epoch, and after each epoch."""
 
@@ -202,6 +215,9 @@ class TrainConfig:
         _require(0 <= self.momentum < 1, "momentum", "at least 0 and below 1", self.momentum)
         _require(self.weight_decay >= 0, "weight_decay", "at least 0", self.weight_decay)
         _require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
+        _require(self.micro_batch >= 0, "micro_batch", "at least 0", self.micro_batch)
+        precisions = ("fp32", "bf16", "fp16")
+        _require(self.precision in precisions, "precision", f"one of {', '.join(precisions)}", self.precision)
         _require(self.epochs >= 1, "epochs", "at least 1", self.epochs)
         _require(self.patience >= 1, "patience", "at least 1", self.patience)
         _require(self.aux_weight >= 0, "aux_weight", "at least 0", self.aux_weight)
@@ -285,7 +301,13 @@ def _as_field(kind: type, key: str, value: Any) -> Any:
         if not isinstance(values, (list, tuple)):
             raise ValueError(f"{key} must be a list, got {value!r}")
         return tuple(_as_scalar(key, item, get_args(declared)[0]) for item in values)
-    return _as_scalar(key, value, str if get_origin(declared) is Literal else declared)
+    if get_origin(declared) is Literal:
+        words = {True: "on", False: "off"}
+        # YAML reads on and off as booleans.
+        if isinstance(value, bool) and words[value] in get_args(declared):
+            return words[value]
+        return _as_scalar(key, value, str)
+    return _as_scalar(key, value, declared)
 
 
 def _as_scalar(key: str, value: Any, kind: type) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ei.config import Config
 from ei.data.loaders import evaluation_loader
@@ -20,14 +20,15 @@ from ei.data.manifest import Manifest, Row, read_manifest
 from ei.exports import csv_bytes
 from ei.metrics import summarise
 from ei.models import UniModal
+from ei.processes import Processes
 from ei.progress import track
 from ei.report import write_report
 from ei.run_folder import RunFolder
 from ei.runs import best_checkpoint, load, manifest_hash
-from ei.runtime import arithmetic, choose_device
+from ei.runtime import arithmetic
 from mor import MoRLinear, record_gates
 from mor.files import write_atomically
-from mor.gates import GateRecord
+from mor.gates import GateRecord, GateSummary
 
 EVALUATED = ("val", "test")
 
@@ -41,46 +42,60 @@ class Predictions:
     modality_weights: np.ndarray | None  # (N, M)
 
 
-@torch.no_grad()
 def predict_rows(
-    model: nn.Module, rows: Sequence[Row], config: Config, *, device: torch.device, what: str = "predict"
+    model: nn.Module, rows: Sequence[Row], config: Config, *, processes: Processes, what: str = "predict"
 ) -> Predictions:
     """Run a model over rows, each exactly once, without augmentation; the model's mode is kept.
+
+    Of several processes each takes a part of the rows, and all get all of the results.
 
     Raises:
         ValueError: the model gives something that is not finite; the message names the samples.
     """
-    loader = evaluation_loader(rows, config)
-    was_training = model.training
-    model.eval()
-    logits: list[Tensor] = []
-    weights: list[Tensor] = []
-    each: dict[str, list[Tensor]] = {}
-    ids: list[str] = []
-    for batch in track(loader, what, len(loader)):
-        with arithmetic(device, config.train.precision):
-            output = model(batch.to(device))
-        logits.append(output.logits.float().cpu())
-        for modality, values in output.modality_logits.items():
-            each.setdefault(modality, []).append(values.float().cpu())
-        if output.modality_weights is not None:
-            weights.append(output.modality_weights.float().cpu())
-        ids += batch.ids
-    model.train(was_training)
-    if ids != [row.id for row in rows]:
+    count = processes.count
+    own, ids = _predict(model, rows[processes.index :: count], config, processes, what)
+    parts = processes.gathered((own, ids))
+    order = np.argsort(np.concatenate([np.arange(len(rows))[index::count] for index in range(count)]))
+    found = [name for _, part_ids in parts for name in part_ids]
+    if [found[position] for position in order] != [row.id for row in rows]:
         raise RuntimeError("samples came back in another order than they were asked for")
-    together = torch.cat(logits)
-    if not together.isfinite().all():
-        bad = [name for name, finite in zip(ids, together.isfinite().all(1), strict=True) if not finite]
+    kinds = next(part for part, part_ids in parts if part_ids)
+    together = {kind: np.concatenate([part[kind] for part, part_ids in parts if part_ids])[order] for kind in kinds}
+    logits = together.pop(LOGITS)
+    if not np.isfinite(logits).all():
+        bad = [row.id for row, finite in zip(rows, np.isfinite(logits).all(1), strict=True) if not finite]
         raise ValueError(
             f"the model gives numbers that are not finite for {', '.join(bad[:8])} ({what}); if this is while training,"
             " it has diverged: lower lr"
         )
-    return Predictions(
-        logits=together.numpy(),
-        modality_logits={modality: torch.cat(values).numpy() for modality, values in each.items()},
-        modality_weights=torch.cat(weights).numpy() if weights else None,
-    )
+    weights = together.pop(WEIGHTS, None)
+    return Predictions(logits, {modality: values for (_, modality), values in together.items()}, weights)
+
+
+LOGITS, WEIGHTS = ("logits", ""), ("weights", "")
+
+
+@torch.no_grad()
+def _predict(
+    model: nn.Module, rows: Sequence[Row], config: Config, processes: Processes, what: str
+) -> tuple[dict[tuple[str, str], np.ndarray], list[str]]:
+    """What one process finds, by kind, and the ids of its rows."""
+    loader = evaluation_loader(rows, config, count=processes.count)
+    was_training = model.training
+    model.eval()
+    found: dict[tuple[str, str], list[np.ndarray]] = {}
+    ids: list[str] = []
+    for batch in track(loader, what, len(loader)):
+        with arithmetic(processes.device, config.train.precision):
+            output = model(batch.to(processes.device))
+        kinds = {LOGITS: output.logits, WEIGHTS: output.modality_weights}
+        kinds |= {("modality", name): logits for name, logits in output.modality_logits.items()}
+        for kind, values in kinds.items():
+            if values is not None:
+                found.setdefault(kind, []).append(values.float().cpu().numpy())
+        ids += batch.ids
+    model.train(was_training)
+    return {kind: np.concatenate(values) for kind, values in found.items()}, ids
 
 
 def evaluate(run: str | Path) -> dict[str, Any]:
@@ -108,11 +123,11 @@ def evaluate(run: str | Path) -> dict[str, Any]:
     splits = {name: rows for name in EVALUATED if (rows := manifest.split(name))}
     if not splits:
         raise ValueError(f"{config.data.manifest} has neither val nor test rows, so there is nothing to evaluate on")
-    device = choose_device(config.train.device)
-    model.to(device)
+    processes = Processes.join(config.train.device)
+    model.to(processes.device)
     with recorded_gates(model) as gates:
         predictions = {
-            name: predict_rows(model, rows, config, device=device, what=f"evaluate {name}")
+            name: predict_rows(model, rows, config, processes=processes, what=f"evaluate {name}")
             for name, rows in splits.items()
         }
     metrics = {
@@ -121,11 +136,13 @@ def evaluate(run: str | Path) -> dict[str, Any]:
         "multi_label": manifest.multi_label,
         "splits": {name: measure(predictions[name], rows, manifest, config) for name, rows in splits.items()},
     }
-    write_json(folder.metrics, metrics)
-    write_json(folder.gates, {part: layers for part, record in gates.items() if (layers := _gate_rows(record))})
-    tables = [prediction_table(predictions[name], rows, manifest) for name, rows in splits.items()]
-    write_csv(folder.predictions, [line for table in tables for line in table])
-    write_report(folder.path)
+    layers = {part: processes.gathered(record.summary()) for part, record in gates.items()}
+    if processes.is_first:
+        write_json(folder.metrics, metrics)
+        write_json(folder.gates, {part: lines for part, each in layers.items() if (lines := _gate_rows(each))})
+        tables = [prediction_table(predictions[name], rows, manifest) for name, rows in splits.items()]
+        write_csv(folder.predictions, [line for table in tables for line in table])
+        write_report(folder.path)
     return metrics
 
 
@@ -145,8 +162,8 @@ def predict(run: str | Path, manifest: str | Path, out: str | Path) -> None:
         raise ValueError(f"out must be a file of its own, got {out}")
     model, config = load(run)
     table = read_manifest(manifest, config.data, classes=config.data.classes, labelled=False)
-    device = choose_device(config.train.device)
-    predictions = predict_rows(model.to(device), table.rows, config, device=device)
+    processes = Processes.join(config.train.device)
+    predictions = predict_rows(model.to(processes.device), table.rows, config, processes=processes)
     write_csv(Path(out), prediction_table(predictions, table.rows, table))
 
 
@@ -222,8 +239,26 @@ def _has_router(module: nn.Module) -> bool:
     return any(isinstance(layer, MoRLinear) and layer.mor_router is not None for layer in module.modules())
 
 
-def _gate_rows(record: GateRecord) -> list[dict[str, Any]]:
-    return [{"layer": layer} | asdict(summary) for layer, summary in record.summary().items()]
+def _gate_rows(each: Sequence[Mapping[str, GateSummary]]) -> list[dict[str, Any]]:
+    """A dict per layer, from what each process saw of it."""
+    layers = dict.fromkeys(layer for summaries in each for layer in summaries)
+    return [{"layer": layer} | asdict(_joined([s[layer] for s in each if layer in s])) for layer in layers]
+
+
+def _joined(parts: Sequence[GateSummary]) -> GateSummary:
+    """The summary of all tokens together; all of its figures are means over tokens."""
+    tokens = [part.tokens for part in parts]
+
+    def mean(values: Sequence[float]) -> float:
+        return float(np.average(values, weights=tokens)) if len(parts) > 1 else values[0]
+
+    return GateSummary(
+        gates=tuple(mean(values) for values in zip(*(part.gates for part in parts), strict=True)),
+        bypass=None if parts[0].bypass is None else mean([part.bypass or 0.0 for part in parts]),
+        entropy=mean([part.entropy for part in parts]),
+        effective_rank=mean([part.effective_rank for part in parts]),
+        tokens=sum(tokens),
+    )
 
 
 def metrics_table(run: str | Path) -> list[str]:

@@ -18,6 +18,10 @@ class Interrupted(Exception):
         self.exit_code = 128 + signal_number  # as a shell reports it
 
 
+class ElsewhereError(Exception):
+    """Another of the processes that train together has failed, and says why."""
+
+
 @contextmanager
 def deferred() -> Iterator[Callable[[], int | None]]:
     """Within the context, the first signal is only noted, and a second one acts as it always did.

@@ -1,5 +1,6 @@
 """What a run tells while it works: progress bars on a terminal, plain lines elsewhere."""
 
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
@@ -12,14 +13,20 @@ Item = TypeVar("Item")
 _console = Console(stderr=False, highlight=False, soft_wrap=True)
 
 
+def is_speaker() -> bool:
+    """Whether this is the first of the processes that torchrun has started, or the only one; the others are silent."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def say(line: str = "") -> None:
     """Print a line that stays, in log files too."""
-    _console.print(line, markup=False)
+    if is_speaker():
+        _console.print(line, markup=False)
 
 
 def track(items: Iterable[Item], description: str, total: int) -> Iterator[Item]:
     """Iterate with a bar that vanishes when it is done; silent where nobody watches."""
-    if not sys.stdout.isatty():
+    if not (sys.stdout.isatty() and is_speaker()):
         yield from items
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -25,6 +25,10 @@ class StageFolder:
         return self.path / "best.safetensors"
 
     @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
     def snapshots(self) -> Path:
         return self.path / "snapshots"
 

@@ -18,7 +18,7 @@ except ModuleNotFoundError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 # What may differ when a run goes on: it changes how fast results come, and not what they are.
-MAY_CHANGE = {"train": {"device", "workers", "save_minutes"}}
+MAY_CHANGE = {"train": {"device", "workers", "save_minutes", "micro_batch", "tensorboard"}}
 
 
 def resolved(config: Config, manifest: Manifest) -> Config:
@@ -26,13 +26,18 @@ def resolved(config: Config, manifest: Manifest) -> Config:
     prior = config.train.gate_prior
     if prior and prior not in manifest.modalities:
         raise ValueError(f"gate_prior must be one of {', '.join(manifest.modalities)}, got '{prior}'")
+    weights = config.data.class_weights
+    if weights and len(weights) != len(manifest.classes):
+        raise ValueError(
+            f"class_weights must have one number for each of {', '.join(manifest.classes)}, got {len(weights)}"
+        )
     data = replace(config.data, classes=manifest.classes, manifest=str(Path(config.data.manifest).resolve()))
-    weights = str(Path(config.model.weights).resolve()) if config.model.weights else ""
+    backbone = str(Path(config.model.weights).resolve()) if config.model.weights else ""
     source = str(Path(config.train.stage1_from).resolve()) if config.train.stage1_from else ""
     return replace(
         config,
         data=data,
-        model=replace(config.model, weights=weights),
+        model=replace(config.model, weights=backbone),
         train=replace(config.train, stage1_from=source),
     )
 

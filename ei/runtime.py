@@ -2,12 +2,20 @@
 
 import math
 import random
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+try:
+    import resource
+except ModuleNotFoundError:  # Windows
+    resource = None  # type: ignore[assignment]
+
+_NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_device(name: str) -> torch.device:
@@ -56,10 +64,20 @@ def environment(device: torch.device) -> dict[str, str]:
     return {"torch": torch.__version__, "device": name, "threads": str(torch.get_num_threads())}
 
 
+def peak_memory(device: torch.device) -> float:
+    """GiB that tensors have taken on a GPU at most; on other devices, that this process has."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    if resource is None:
+        return 0.0
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
 def arithmetic(device: torch.device, precision: str) -> AbstractContextManager[None]:
-    """The context in which a model runs: autocast for "bf16", nothing for "fp32"."""
-    if precision == "bf16":
-        return torch.autocast(device.type, dtype=torch.bfloat16)
+    """The context in which a model runs: autocast for "bf16" and "fp16", nothing for "fp32"."""
+    if precision in _NARROW:
+        return torch.autocast(device.type, dtype=_NARROW[precision])
     return nullcontext()
 
 
@@ -69,13 +87,13 @@ def narrow_frozen(module: nn.Module, precision: str) -> None:
     Autocast would cast them anew in every step, because it keeps only the casts of weights that want a gradient.
     The results are the same bits, in half the memory.
     """
-    if precision != "bf16":
+    if precision not in _NARROW:
         return
     for layer in module.modules():
         if isinstance(layer, (nn.Linear, nn.Conv2d)):
             for parameter in layer.parameters(recurse=False):
                 if not parameter.requires_grad:
-                    parameter.data = parameter.data.to(torch.bfloat16)
+                    parameter.data = parameter.data.to(_NARROW[precision])
 
 
 def fingerprint(module: nn.Module) -> dict[str, list[float]]:

@@ -8,6 +8,7 @@ Source: arXiv 2603.17514, section 3.5 (Algorithm 1) and section 4.1.
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,26 +27,27 @@ from ei.checkpoint import (
     write_checkpoint,
 )
 from ei.compilation import compile_backbones, require_compiler
-from ei.config import Config, TrainConfig
+from ei.config import Config, DataConfig
+from ei.data.balance import inverse_frequencies
 from ei.data.listed import counted
-from ei.data.loaders import training_loader
+from ei.data.loaders import TrainingSteps, samples_at_once
 from ei.data.manifest import Manifest, Row, read_manifest
-from ei.data.sample import Batch
 from ei.evaluation import evaluate, predict_rows
+from ei.history import History, require_tensorboard
 from ei.interrupts import Interrupted, deferred
-from ei.losses import loss_terms
 from ei.metrics import summarise
 from ei.models import Backbone, LateFusion, build_model
+from ei.optimisation import Step, cyclic_learning_rate, make_optimizer, set_learning_rate
+from ei.processes import Processes
 from ei.progress import say, track
 from ei.run_folder import RunFolder, StageFolder
 from ei.run_setup import locked, require_measurable, resolved, resumes
 from ei.runs import load_trunk, manifest_hash, stage1_checkpoint
 from ei.runtime import (
-    arithmetic,
-    choose_device,
     environment,
     fingerprint,
     narrow_frozen,
+    peak_memory,
     random_state,
     same_weights,
     seed_everything,
@@ -54,10 +56,6 @@ from ei.runtime import (
 from ei.snapshots import Snapshot, newest_snapshot, write_snapshot
 from mor import trainable_parameters
 from mor.files import write_atomically
-
-
-class TrainingError(ArithmeticError):
-    """Training cannot go on: a loss or gradient is not finite."""
 
 
 def train(config: Config, run: str | Path) -> Path:
@@ -79,32 +77,36 @@ def train(config: Config, run: str | Path) -> Path:
         TrainingError: a loss or gradient is not finite; the message names the samples.
         Interrupted: Ctrl-C or SIGTERM; it was saved where training stands.
     """
+    processes = Processes.join(config.train.device)
     folder = RunFolder(Path(run))
-    manifest = read_manifest(config.data.manifest, config.data)
+    with processes.first_before_others():  # images that one has read, the others need not
+        manifest = read_manifest(config.data.manifest, config.data)
     if manifest.warnings:
         say(f"note: {counted(len(manifest.warnings), 'warning')} about {config.data.manifest}; 'ei check' shows all")
         say(f"  {manifest.warnings[0]}")
     config = resolved(config, manifest)
     require_measurable(manifest)
-    going_on = resumes(folder, config)
-    device = choose_device(config.train.device)
+    going_on = processes.first(lambda: resumes(folder, config))
     if config.train.compile != "off":
-        require_compiler(device)
+        require_compiler(processes.device)
+    if config.train.tensorboard:
+        require_tensorboard()
     with torch.device("meta"):  # settings that do not fit show now, not after hours of stage 1
         build_model(config, len(manifest.classes))
     has_evaluation = bool(manifest.split("val") or manifest.split("test"))
-    if folder.stage2.finished.is_file() and (folder.report.is_file() or not has_evaluation):
+    if processes.first(lambda: folder.stage2.finished.is_file() and (folder.report.is_file() or not has_evaluation)):
         say(f"{folder.path} is finished, there is nothing to do")
         return folder.path
-    trunk = load_trunk(config)
+    with processes.first_before_others():  # published weights are downloaded once
+        trunk = load_trunk(config)
     is_random = not config.model.weights and (config.model.backbone == "tiny" or not config.model.pretrained)
     if is_random and config.model.adapter != "full":
         say("note: the backbone has random weights, and they are frozen; --weights, or --adapter full, may be meant")
     with deferred() as asked_to_stop:
-        stages = Stages(config, manifest, device, trunk, fingerprint(trunk), asked_to_stop)
+        stages = Stages(config, manifest, processes, trunk, fingerprint(trunk), asked_to_stop)
         taken = stages.taken_over()
-        with locked(folder):
-            if not going_on:
+        with locked(folder) if processes.is_first else nullcontext():
+            if processes.is_first and not going_on:
                 config.save(folder.config)
             stages.run(folder, taken)
             if has_evaluation:
@@ -118,7 +120,7 @@ class Stages:
 
     config: Config
     manifest: Manifest
-    device: torch.device
+    processes: Processes
     trunk: Backbone
     fingerprint: dict[str, list[float]]  # of the trunk's frozen weights, before they are held in another dtype
     asked_to_stop: Callable[[], int | None]
@@ -136,36 +138,38 @@ class Stages:
 
     def first(self, modality: str, folder: StageFolder, taken: Checkpoint | None) -> tuple[Mapping[str, Tensor], float]:
         """One modality alone, trained or taken over; what it has learned, and its mAP on the training rows."""
-        if folder.finished.is_file():
+        if self.processes.first(folder.finished.is_file):
             learned = read_checkpoint(folder.best)
             self.require_same_origin(learned.notes, folder)
             return learned.parameters, json.loads(folder.finished.read_text())["train mAP"]
         alone = replace(self, config=replace(self.config, data=replace(self.config.data, modalities=(modality,))))
         seed_everything(self.config.train.seed)
         model = build_model(alone.config, len(self.manifest.classes), modality=modality, trunk=self.trunk)
-        model.to(self.device)
         loop = Loop(alone, model, folder, f"stage 1, {modality}", gate_prior=None)
         if taken:
             restore(model, taken.parameters)
-            write_checkpoint(folder.best, taken.parameters, taken.notes)
+            loop.write_best(taken.parameters, taken.notes)
         else:
             loop.run()
         score = loop.validate(self.manifest.split("train"))["mAP"]
-        write_atomically(folder.finished, json.dumps({"train mAP": score}).encode())
+        self.finish(folder, {"train mAP": score})
         return trained_state(model), score
 
     def second(self, stage1: Mapping[str, Mapping[str, Tensor]], folder: StageFolder, prior: str) -> None:
         """All modalities together, from what each has learned alone (nothing: from the backbone)."""
-        if folder.finished.is_file():
+        if self.processes.first(folder.finished.is_file):
             return
         seed_everything(self.config.train.seed)
         model = build_model(self.config, len(self.manifest.classes), trunk=self.trunk)
         if stage1:
             assert isinstance(model, LateFusion)
             model.start_from(stage1)
-        gate_prior = self.manifest.modalities.index(prior) if prior else None
-        Loop(self, model.to(self.device), folder, "stage 2", gate_prior).run()
-        write_atomically(folder.finished, b"{}")
+        Loop(self, model, folder, "stage 2", prior or None).run()
+        self.finish(folder, {})
+
+    def finish(self, folder: StageFolder, notes: Mapping[str, Any]) -> None:
+        if self.processes.is_first:
+            write_atomically(folder.finished, json.dumps(notes).encode())
 
     def taken_over(self) -> dict[str, Checkpoint]:
         """Stage 1 of another run, if the configuration names one."""
@@ -217,14 +221,14 @@ class Loop:
     """
 
     def __init__(
-        self, stages: Stages, model: nn.Module, folder: StageFolder, title: str, gate_prior: int | None
+        self, stages: Stages, model: nn.Module, folder: StageFolder, title: str, gate_prior: str | None
     ) -> None:
-        self.config, self.manifest, self.device = stages.config, stages.manifest, stages.device
+        self.config, self.manifest, self.processes = stages.config, stages.manifest, stages.processes
         self.asked_to_stop = stages.asked_to_stop
         self.settings = settings = stages.config.train
         self.model, self.folder, self.title, self.gate_prior = model, folder, title, gate_prior
         self.stages, self.origin = stages, stages.origin()
-        self.loader, self.sampler = training_loader(self.manifest.split("train"), self.config)
+        self.model.to(self.processes.device)
         self.optimizer = make_optimizer(list(trainable_parameters(model).values()), settings)
         self.at = Position(lr=settings.lr_low)
         self.best: dict[str, Tensor] = {}
@@ -235,11 +239,12 @@ class Loop:
         settings, title, val_rows = self.settings, self.title, self.manifest.split("val")
         count = sum(parameter.numel() for parameter in trainable_parameters(self.model).values())
         rows = f"{len(self.manifest.split('train'))} train and {len(val_rows)} val samples"
-        say(f"{title}: {rows}, {count:,} trained parameters")
-        self._go_on()
+        together = f", {self.processes.count} processes" if self.processes.count > 1 else ""
+        say(f"{title}: {rows}, {count:,} trained parameters{together}")
         narrow_frozen(self.model, settings.precision)
         if settings.compile != "off":
             compile_backbones(self.model, settings.compile)
+        self._begin()
         while self.at.epoch <= settings.epochs and self.at.since_best < settings.patience:
             if self.at.epoch:
                 self._train_epoch()
@@ -247,54 +252,62 @@ class Loop:
         if self.at.since_best >= settings.patience:
             say(f"{title}: no better mAP in {settings.patience} validations, stopped")
         restore(self.model, self.best)
-        write_checkpoint(self.folder.best, self.best, self.best_notes)
+        self.write_best(self.best, self.best_notes)
+        if self.processes.is_first:
+            self.history.close()
         if self.best_notes["epoch"] == 0:
             say(f"{title}: the best mAP was that before the first step; training did not improve it")
 
+    def write_best(self, parameters: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
+        if self.processes.is_first:
+            write_checkpoint(self.folder.best, parameters, notes)
+
     def validate(self, rows: Sequence[Row]) -> dict[str, float]:
         """mAP and the other measures over all samples."""
-        logits = predict_rows(self.model, rows, self.config, device=self.device, what="validate").logits
+        logits = predict_rows(self.model, rows, self.config, processes=self.processes, what="validate").logits
         labels, patients = np.array([row.label for row in rows]), [row.patient for row in rows]
-        measured = summarise(
-            logits, labels, patients, self.manifest.classes, multi_label=self.manifest.multi_label, bootstrap=0
+        classes, multi_label = self.manifest.classes, self.manifest.multi_label
+        measured = self.processes.first(
+            lambda: summarise(logits, labels, patients, classes, multi_label=multi_label, bootstrap=0)
         )
         return {name: figure["value"] for name, figure in measured["overall"].items()}
 
     def _train_epoch(self) -> None:
-        at, settings, title = self.at, self.settings, self.title
+        at, title = self.at, self.title
         self.model.train()
-        self.sampler.set_epoch(at.epoch, start=at.batch * settings.batch_size)
         before, started = at.seconds, time.perf_counter()
-        for batch in track(self.loader, f"{title}, epoch {at.epoch}", len(self.loader) - at.batch):
-            at.lr = cyclic_learning_rate(at.step / len(self.loader), settings)
+        steps = self.steps.of_epoch(at.epoch, start=at.batch)
+        for batches in track(steps, f"{title}, epoch {at.epoch}", len(self.steps) - at.batch):
+            at.lr = cyclic_learning_rate(at.step / len(self.steps), self.settings)
             set_learning_rate(self.optimizer, at.lr)
-            values = train_step(self.model, batch.to(self.device), self.optimizer, settings, self.gate_prior)
+            values = self.step([batch.to(self.processes.device) for batch in batches])
             for name, value in values.items():
                 at.losses.setdefault(name, []).append(value)
-            at.images += sum(int(present.sum()) for present in batch.present.values())
+            at.images += sum(batch.image_count() for batch in batches)
             at.batch, at.step, at.seconds = at.batch + 1, at.step + 1, before + time.perf_counter() - started
-            if self.asked_to_stop() or time.monotonic() - self.saved > 60 * settings.save_minutes:
-                self._save()
-            self._stop_if_asked()
+            is_late = time.monotonic() - self.saved > 60 * self.settings.save_minutes
+            self._save_if_asked(is_late)
 
     def _close_epoch(self, val: dict[str, float] | None) -> None:
-        at, folder = self.at, self.folder
+        at = self.at
+        images = sum(self.processes.gathered(at.images))
         record = {
             "epoch": at.epoch,
             "step": at.step,
             "lr": at.lr,
             "loss": {name: float(np.mean(values)) for name, values in at.losses.items()} or None,
             "val": val,
-            "images_per_second": round(at.images / at.seconds, 2) if at.images else None,
+            "images_per_second": round(images / at.seconds, 2) if images else None,
             "seconds": round(at.seconds, 3),
+            "memory_gib": round(max(self.processes.gathered(peak_memory(self.processes.device))), 3),
         }
         is_best = val is None or val["mAP"] > at.best
         if is_best:
             self.best, at.best = trained_state(self.model), (val["mAP"] if val else at.best)
             self.best_notes = {"epoch": at.epoch, "step": at.step, "val": val, **self.origin}
-            write_checkpoint(folder.best, self.best, self.best_notes)
-        with folder.history.open("a", encoding="utf-8") as history:
-            history.write(json.dumps(record, allow_nan=False) + "\n")
+            self.write_best(self.best, self.best_notes)
+        if self.processes.is_first:
+            self.history.add(record)
         say(f"{self.title}, epoch {at.epoch}/{self.settings.epochs}" + _describe(record, is_best))
         self.at = Position(
             epoch=at.epoch + 1,
@@ -304,121 +317,88 @@ class Loop:
             records=at.records + 1,
             lr=at.lr,
         )
-        self._save()
-        self._stop_if_asked()
+        self._save_if_asked(True)
 
-    def _stop_if_asked(self) -> None:
-        if number := self.asked_to_stop():
+    def _save_if_asked(self, is_due: bool) -> None:
+        """Save if the first process finds it due, or if one was asked to stop, and then stop: all of them together."""
+        due = is_due and self.processes.is_first
+        number, save = self.processes.largest(torch.tensor([self.asked_to_stop() or 0, int(due)])).tolist()
+        if number or save:
+            self._save()
+        if number:
             raise Interrupted(number)
 
     def _save(self) -> None:
         moments, numbers = optimizer_state(self.optimizer)
+        states = self.processes.gathered(random_state(self.processes.device))
         tensors = {
             "parameters": trained_state(self.model),
             "best": self.best,
             "optimizer": moments,
-            "random": random_state(self.device),
+            "random": {f"{name}.{index}": state for index, each in enumerate(states) for name, state in each.items()},
         }
         notes = {
             "position": asdict(self.at),
             "optimizer": numbers,
+            "scaling": self.step.scaling(),
             "best": self.best_notes,
             "origin": self.origin,
-            "environment": environment(self.device),
+            "environment": self._environment(),
         }
         # Two snapshots of one step: at the end of an epoch, and before the first step of the next.
-        write_snapshot(self.folder.snapshots, Snapshot(2 * self.at.step + (self.at.batch == 0), tensors, notes))
+        if self.processes.is_first:
+            write_snapshot(self.folder.snapshots, Snapshot(2 * self.at.step + (self.at.batch == 0), tensors, notes))
         self.saved = time.monotonic()
 
-    def _go_on(self) -> None:
+    def _begin(self) -> None:
         """From the newest snapshot, if there is one."""
-        self.folder.path.mkdir(parents=True, exist_ok=True)
-        snapshot = newest_snapshot(self.folder.snapshots)
+        processes, train_rows = self.processes, self.manifest.split("train")
+        snapshot = processes.first(lambda: newest_snapshot(self.folder.snapshots))
         if snapshot is not None:
             self.stages.require_same_origin(snapshot.notes["origin"], self.folder)
+            restore(self.model, snapshot.tensors["parameters"])
+        self.steps = TrainingSteps(train_rows, self.config, index=processes.index, count=processes.count)
+        weights = class_weights(train_rows, self.config.data)
+        self.step = Step(
+            model=self.model,
+            optimizer=self.optimizer,
+            settings=self.settings,
+            processes=processes,
+            gate_prior=self.gate_prior,
+            class_weights=None if weights is None else weights.to(processes.device),
+        )
+        if processes.index:  # as the first, but for what dropout draws
+            torch.manual_seed(self.settings.seed + processes.index)
+        if snapshot is not None:
             self._compare_environment(snapshot.notes["environment"])
             self.at = Position(**snapshot.notes["position"])
             self.best, self.best_notes = snapshot.tensors["best"], snapshot.notes["best"]
-            restore(self.model, snapshot.tensors["parameters"])
             load_optimizer_state(self.optimizer, snapshot.tensors["optimizer"], snapshot.notes["optimizer"])
-            set_random_state(snapshot.tensors["random"], self.device)
+            self.step.set_scaling(snapshot.notes["scaling"])
+            own = f".{processes.index}"
+            states = {n.removesuffix(own): t for n, t in snapshot.tensors["random"].items() if n.endswith(own)}
+            set_random_state(states, processes.device)
             say(f"{self.title}: going on in epoch {self.at.epoch} after step {self.at.step}")
-        # A line may have been written after the last snapshot.
-        lines = self.folder.history.read_text(encoding="utf-8").splitlines(True) if self.folder.history.exists() else []
-        write_atomically(self.folder.history, "".join(lines[: self.at.records]).encode())
+        if processes.is_first:
+            self.history = History(self.folder, tensorboard=self.settings.tensorboard, records=self.at.records)
+
+    def _environment(self) -> dict[str, str]:
+        count = self.processes.count
+        at_once = samples_at_once(self.settings, count)
+        return environment(self.processes.device) | {"processes": str(count), "samples at once": str(at_once)}
 
     def _compare_environment(self, was: Mapping[str, str]) -> None:
-        now = environment(self.device)
+        now = self._environment()
         changed = [f"{name} (was {was.get(name)}, is {value})" for name, value in now.items() if was.get(name) != value]
         if changed:
             say(f"note: weights may differ in their last bits from those of an unbroken run: {', '.join(changed)}")
 
 
-def train_step(
-    model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer, settings: TrainConfig, gate_prior: int | None
-) -> dict[str, float]:
-    """One step of the optimiser; returns the value of each term of the loss.
-
-    Args:
-        batch: With labels, on the model's device.
-        settings: Weights of the losses, precision, whether the model is compiled.
-        gate_prior: Index of the modality that the fusion is pulled to; None for a single modality.
-
-    Raises:
-        TrainingError: the loss or its gradient is not finite; the weights are as before.
-    """
-    if settings.compile == "graphs":
-        torch.compiler.cudagraph_mark_step_begin()  # results of the step before may be overwritten
-    assert batch.labels is not None
-    with arithmetic(batch.labels.device, settings.precision):
-        output = model(batch)
-    terms = loss_terms(
-        output,
-        batch.labels,
-        aux_weight=settings.aux_weight,
-        gate_weight=settings.gate_weight,
-        gate_prior=gate_prior,
-    )
-    optimizer.zero_grad(set_to_none=True)
-    terms["total"].backward()
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    values = {name: term.item() for name, term in terms.items()}
-    # Checked before the step: what is not finite must never reach a weight.
-    if not np.isfinite(values["total"]) or not torch.nn.utils.get_total_norm(gradients).isfinite():
-        raise TrainingError(
-            f"the loss ({values['total']}) or its gradient is not finite for the samples {', '.join(batch.ids)};"
-            " nothing of it reached the weights. Look at their images, or lower lr"
-        )
-    optimizer.step()
-    return values
-
-
-def cyclic_learning_rate(epochs: float, settings: TrainConfig) -> float:
-    """The learning rate after so many epochs: up and down in a triangle, each peak lower than the last.
-
-    From ``lr_low`` to ``lr`` in ``cycle_epochs``, back in as many; each further cycle rises ``cycle_decay``
-    times as high above ``lr_low``.
-
-    >>> settings = TrainConfig(lr=1.0, lr_low=0.2, cycle_epochs=4, cycle_decay=0.5)
-    >>> [round(cyclic_learning_rate(epochs, settings), 3) for epochs in (0, 2, 4, 6, 8, 12)]
-    [0.2, 0.6, 1.0, 0.6, 0.2, 0.6]
-    """
-    cycle, position = divmod(epochs / settings.cycle_epochs, 2)
-    height = (1 - abs(position - 1)) * settings.cycle_decay**cycle
-    return settings.lr_low + (settings.lr - settings.lr_low) * height
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = value
-
-
-def make_optimizer(parameters: Sequence[nn.Parameter], settings: TrainConfig) -> torch.optim.Optimizer:
-    if settings.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=settings.lr_low, weight_decay=settings.weight_decay)
-    return torch.optim.SGD(
-        parameters, lr=settings.lr_low, momentum=settings.momentum, weight_decay=settings.weight_decay
-    )
+def class_weights(rows: Sequence[Row], data: DataConfig) -> Tensor | None:
+    """What each class counts in the loss (C,), as ``data.balance`` says; None: all the same."""
+    if data.balance == "auto":
+        return inverse_frequencies(rows, len(data.classes))
+    return torch.tensor(data.class_weights) if data.balance == "weights" else None
 
 
 def _describe(record: dict[str, Any], is_best: bool) -> str:
@@ -428,5 +408,5 @@ def _describe(record: dict[str, Any], is_best: bool) -> str:
     if record["val"]:
         parts.append(f"val mAP {record['val']['mAP']:.4f}" + (" (best)" if is_best else ""))
     if record["images_per_second"]:
-        parts.append(f"{record['images_per_second']:.0f} images/s")
+        parts.append(f"{record['images_per_second']:.0f} images/s  {record['memory_gib']:.1f} GiB")
     return "".join(f"  {part}" for part in parts)

@@ -9,7 +9,7 @@ told of the next one.
 """
 
 import hashlib
-from collections import Counter, defaultdict
+import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from ei.config import DataConfig
+from ei.data.balance import repetitions
 from ei.data.images import count_slices, read_image
 from ei.data.manifest import Row
 from ei.data.sample import Sample
@@ -45,7 +46,7 @@ class ManifestDataset(Dataset[Sample]):
         train: random augmentation, random slices and files; otherwise everything is fixed.
         seed: of all that is random.
 
-    Indexing takes a :class:`Draw`, as :class:`EpochSampler` gives them, or a plain index, which means the
+    Indexing takes a :class:`Draw`, as :class:`StepSampler` gives them, or a plain index, which means the
     first epoch.
 
     Raises:
@@ -147,10 +148,8 @@ def epoch_order(rows: Sequence[Row], *, seed: int, epoch: int, balance: bool = F
         rows: the training rows.
         seed: of the run.
         epoch: from 0.
-        balance: repeat rows of rare classes, until every class has as many as the largest. With several
-            labels per row, a row counts as one of the rarest of its labels, c, and such rows are repeated
-            (count of the most frequent label) / (count of c) times, those without any label not at all.
-            Which rows of a class are repeated once more than others is drawn each epoch.
+        balance: repeat rows of rare classes, as :func:`ei.data.balance.repetitions` says; which of them, is drawn
+            each epoch.
 
     Returns:
         Every row at least once; as many draws in every epoch.
@@ -160,61 +159,74 @@ def epoch_order(rows: Sequence[Row], *, seed: int, epoch: int, balance: bool = F
         class 1 each once, one of them twice.
     """
     generator = torch.Generator().manual_seed(_hash(seed, epoch, "order"))
-    copies = _balanced_copies(rows, generator) if balance else [1] * len(rows)
+    copies = repetitions(rows, generator) if balance else [1] * len(rows)
     draws = [Draw(index, epoch, repeat) for index, count in enumerate(copies) for repeat in range(count)]
     return [draws[position] for position in torch.randperm(len(draws), generator=generator).tolist()]
 
 
-class EpochSampler(Sampler[Draw]):
-    """:func:`epoch_order` for a DataLoader; call :meth:`set_epoch` before each pass.
+class StepSampler(Sampler[list[Draw]]):
+    """The draws of each step of the optimiser, dealt out to processes and cut to what goes through a model at once.
 
-    Its draws carry the epoch, so that no worker process needs to be told.
+    For a DataLoader's ``batch_sampler``; call :meth:`set_epoch` before each pass. Which samples make up a step, and
+    what they look like, does not depend on how many processes there are, nor on ``at_once``. The draws carry the epoch,
+    so that no worker process needs to be told.
+
+    Args:
+        rows: The training rows.
+        seed: Of the run.
+        batch_size: Samples of a step, over all processes; the last step of an epoch may have fewer.
+        balance: See :func:`epoch_order`.
+        at_once: Most samples in one list; a step of more comes as several.
+        index, count: This process, from 0, and how many there are.
     """
 
-    def __init__(self, rows: Sequence[Row], *, seed: int, balance: bool = False) -> None:
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        *,
+        seed: int,
+        batch_size: int,
+        balance: bool = False,
+        at_once: int | None = None,
+        index: int = 0,
+        count: int = 1,
+    ) -> None:
         self.rows = tuple(rows)
-        self.seed = seed
-        self.balance = balance
+        self.seed, self.balance = seed, balance
+        self.batch_size, self.at_once = batch_size, at_once or batch_size
+        self.index, self.count = index, count
         self.epoch = self.start = 0
-        self._length = len(epoch_order(rows, seed=seed, epoch=0, balance=balance))
+        self.steps = math.ceil(len(epoch_order(rows, seed=seed, epoch=0, balance=balance)) / batch_size)
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """The next pass is ``epoch``, without its first ``start`` draws."""
+        """The next pass is ``epoch``, without its first ``start`` steps."""
         self.epoch, self.start = epoch, start
 
-    def __iter__(self) -> Iterator[Draw]:
-        return iter(epoch_order(self.rows, seed=self.seed, epoch=self.epoch, balance=self.balance)[self.start :])
+    def __iter__(self) -> Iterator[list[Draw]]:
+        for share in self.shares():
+            yield from share.lists
 
     def __len__(self) -> int:
-        """Draws of a whole epoch."""
-        return self._length
+        return sum(len(share.lists) for share in self.shares())
+
+    def shares(self) -> Iterator["Share"]:
+        """This process's share of each step of the pass."""
+        order = epoch_order(self.rows, seed=self.seed, epoch=self.epoch, balance=self.balance)
+        for first in range(self.start * self.batch_size, len(order), self.batch_size):
+            step = order[first : first + self.batch_size]
+            own = step[self.index :: self.count]
+            # All processes must take part in every step: one that gets nothing takes a sample that does not count.
+            drawn = own or step[:1]
+            yield Share([drawn[k : k + self.at_once] for k in range(0, len(drawn), self.at_once)], counts=bool(own))
 
 
-def _balanced_copies(rows: Sequence[Row], generator: torch.Generator) -> list[int]:
-    """How often each row occurs."""
-    counts = Counter(label for row in rows for label in _positive_labels(row))
-    groups: dict[int | None, list[int]] = defaultdict(list)
-    for index, row in enumerate(rows):
-        rarest = min(_positive_labels(row), key=lambda label: (counts[label], label), default=None)
-        groups[rarest].append(index)
-    copies = [1] * len(rows)
-    for rarest, members in groups.items():
-        if rarest is None:
-            continue
-        total = round(len(members) * max(counts.values()) / counts[rarest])
-        each, left_over = divmod(total, len(members))
-        order = torch.randperm(len(members), generator=generator).tolist()
-        for position, member in enumerate(order):
-            copies[members[member]] = each + (position < left_over)
-    return copies
+class Share(NamedTuple):
+    """What one process does in one step."""
 
-
-def _positive_labels(row: Row) -> list[int]:
-    if row.label is None:
-        raise ValueError(f"balance needs labels, but row {row.number} has none")
-    if isinstance(row.label, int):
-        return [row.label]
-    return [label for label, flag in enumerate(row.label) if flag]
+    lists: list[list[Draw]]
+    """One for each pass through the model."""
+    counts: bool
+    """Whether they are part of the loss."""
 
 
 def _require_labels(rows: Sequence[Row], class_count: int, multi_label: bool) -> None:

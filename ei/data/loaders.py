@@ -1,49 +1,85 @@
 """Rows in, batches out: the two ways in which samples are loaded."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
-from ei.config import Config
-from ei.data.dataset import EpochSampler, ManifestDataset
+from ei.config import Config, TrainConfig
+from ei.data.dataset import ManifestDataset, StepSampler
 from ei.data.manifest import Row
-from ei.data.sample import Sample, collate
+from ei.data.sample import Batch, collate
 
 
-def training_loader(rows: Sequence[Row], config: Config) -> tuple[DataLoader[Sample], EpochSampler]:
-    """Augmented batches in an order of its own for every epoch, and the sampler that is told the epoch.
+class TrainingSteps:
+    """The steps of the optimiser in an epoch, each a list of augmented batches to take through the model one by one.
 
     Args:
         rows: The rows to train on.
         config: With ``data.classes`` in their final order.
+        index, count: This process, from 0, and how many there are; each gets its share of every step.
     """
-    sampler = EpochSampler(rows, seed=config.train.seed, balance=config.data.balance)
-    return _loader(rows, config, sampler), sampler
+
+    def __init__(self, rows: Sequence[Row], config: Config, *, index: int = 0, count: int = 1) -> None:
+        self.sampler = StepSampler(
+            rows,
+            seed=config.train.seed,
+            batch_size=config.train.batch_size,
+            balance=config.data.balance == "oversample",
+            at_once=samples_at_once(config.train, count),
+            index=index,
+            count=count,
+        )
+        self.loader = _loader(rows, config, train=True, batch_sampler=self.sampler)
+
+    def of_epoch(self, epoch: int, start: int = 0) -> Iterator[list[Batch]]:
+        """The steps of an epoch from number ``start``, in an order that is the epoch's own."""
+        self.sampler.set_epoch(epoch, start)
+        batches = iter(self.loader)
+        for share in self.sampler.shares():
+            yield [replace(batch, counts=share.counts) for batch in islice(batches, len(share.lists))]
+
+    def __len__(self) -> int:
+        """Steps of a whole epoch."""
+        return self.sampler.steps
 
 
-def evaluation_loader(rows: Sequence[Row], config: Config) -> DataLoader[Sample]:
-    """Every row once, in order, without augmentation."""
-    return _loader(rows, config, None)
+def evaluation_loader(rows: Sequence[Row], config: Config, *, count: int = 1) -> DataLoader[Batch]:
+    """Every row once, in order, without augmentation, for one of ``count`` processes."""
+    return _loader(rows, config, train=False, batch_size=samples_at_once(config.train, count))
 
 
-def _loader(rows: Sequence[Row], config: Config, sampler: EpochSampler | None) -> DataLoader[Sample]:
+def samples_at_once(config: TrainConfig, processes: int) -> int:
+    """How many samples one process takes through a model at once.
+
+    >>> samples_at_once(TrainConfig(batch_size=8), processes=1), samples_at_once(TrainConfig(batch_size=8), processes=3)
+    (8, 3)
+    """
+    share = math.ceil(config.batch_size / processes)
+    return min(config.micro_batch, share) if config.micro_batch else share
+
+
+def _loader(rows: Sequence[Row], config: Config, *, train: bool, **batches: Any) -> DataLoader[Batch]:
     dataset = ManifestDataset(
         rows,
         config.data,
         multi_label=config.data.multi_label,
         classes=config.data.classes,
-        train=sampler is not None,
+        train=train,
         seed=config.train.seed,
     )
     workers = config.train.workers
-    return DataLoader(
+    loader: DataLoader[Any] = DataLoader(
         dataset,
-        batch_size=config.train.batch_size,
-        sampler=sampler,
         collate_fn=collate,
         num_workers=workers,
         persistent_workers=workers > 0,
         # Of its own, or each pass would move the generator that dropout draws from.
         generator=torch.Generator(),
+        **batches,
     )
+    return loader

@@ -31,6 +31,16 @@ class Batch:
     present: dict[str, Tensor]  # modality -> (B, I) bool
     labels: Tensor | None = None  # (B,) int64 for one label per sample, (B, C) float32 for several
     ids: list[str] = field(default_factory=list)
+    counts: bool = True
+    """False: not part of the loss, only there so that a process without samples takes part in the step."""
+
+    def has(self, modality: str) -> Tensor:
+        """(B,) bool: which samples have an image of the modality."""
+        return self.present[modality].any(1)
+
+    def image_count(self) -> int:
+        """How many images count."""
+        return sum(int(present.sum()) for present in self.present.values()) if self.counts else 0
 
     def to(self, device: torch.device | str) -> "Batch":
         def moved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """A small study on disk: two modalities of 8 x 8 px, three classes, and a run trained on it."""
 
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,14 +15,14 @@ CLASSES = ("dark", "grey", "light")
 SPLITS = {"train": 12, "val": 6, "test": 9}
 
 
-def write_study(folder: Path) -> Path:
+def write(folder: Path, splits: Mapping[str, int] = SPLITS) -> Path:
     """Images whose brightness is their class, with some noise; returns the manifest."""
     generator = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "manifest.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["id", "patient", "split", "label", "cfp", "oct"])
-        for split, count in SPLITS.items():
+        for split, count in splits.items():
             for number in range(count):
                 label = number % len(CLASSES)
                 names = []
@@ -44,6 +44,12 @@ def configuration(manifest: Path, **train: object) -> Config:
 
 
 @pytest.fixture(scope="session")
+def write_study() -> Callable[..., Path]:
+    """(folder, rows of each split) -> the manifest of a study written there."""
+    return write
+
+
+@pytest.fixture(scope="session")
 def study_config() -> Callable[..., Config]:
     """(manifest, fields of TrainConfig) -> a configuration that trains within a second."""
     return configuration
@@ -51,13 +57,13 @@ def study_config() -> Callable[..., Config]:
 
 @pytest.fixture
 def manifest(tmp_path: Path) -> Path:
-    return write_study(tmp_path / "study")
+    return write(tmp_path / "study")
 
 
 @pytest.fixture(scope="session")
 def lasting_manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same study for runs that several tests look at; it is only read."""
-    return write_study(tmp_path_factory.mktemp("lasting") / "study")
+    return write(tmp_path_factory.mktemp("lasting") / "study")
 
 
 @pytest.fixture(scope="session")
@@ -66,4 +72,4 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from ei import train
 
     folder = tmp_path_factory.mktemp("finished")
-    return train(configuration(write_study(folder / "study")), folder / "run")
+    return train(configuration(write(folder / "study")), folder / "run")

@@ -40,7 +40,7 @@ def batch_of(samples: int, images: int = 1) -> Batch:
 
 def gradients(model, batch):
     model.zero_grad()
-    loss_terms(model(batch), batch.labels, aux_weight=0.3, gate_weight=0.1, gate_prior=0)["total"].backward()
+    loss_terms(model(batch), batch.labels, aux_weight=0.3, gate_weight=0.1, gate_prior="cfp")["total"].backward()
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 

@@ -12,6 +12,7 @@ from ei.checkpoint import read_checkpoint, write_checkpoint
 from ei.config import Config
 from ei.data.manifest import read_manifest
 from ei.evaluation import label_text, metrics_table, predict_rows, probabilities
+from ei.processes import Processes
 from ei.runs import load_trunk
 from mor import trainable_parameters
 
@@ -122,7 +123,7 @@ def test_batch_size_does_not_matter(finished):
     outputs = []
     for size in (1, 4, 100):
         sized = replace(config, train=replace(config.train, batch_size=size))
-        outputs.append(predict_rows(model, rows, sized, device=torch.device("cpu")).logits)
+        outputs.append(predict_rows(model, rows, sized, processes=Processes(torch.device("cpu"))).logits)
     np.testing.assert_allclose(outputs[0], outputs[1], atol=1e-5)
     np.testing.assert_allclose(outputs[0], outputs[2], atol=1e-5)
 
@@ -191,7 +192,7 @@ def test_logits_that_are_not_finite_are_never_written(run):
         model.fusion.gate.bias.fill_(float("nan"))
     rows = read_manifest(config.data.manifest, config.data, classes=config.data.classes).split("test")
     with pytest.raises(ValueError, match="not finite for test0, test1"):
-        predict_rows(model, rows, config, device=torch.device("cpu"))
+        predict_rows(model, rows, config, processes=Processes(torch.device("cpu")))
 
 
 def test_probabilities():

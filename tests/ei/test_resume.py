@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,8 +42,8 @@ class Stop(Exception):
     """Stands for a kill: nothing is caught, nothing is saved."""
 
 
-def assert_same(one: Path, other: Path) -> None:
-    for stage in STAGES:
+def assert_same(one: Path, other: Path, stages: Sequence[str] = STAGES) -> None:
+    for stage in stages:
         first, second = (read_checkpoint(run / stage / "best.safetensors") for run in (one, other))
         assert first.notes == second.notes
         assert first.parameters.keys() == second.parameters.keys()
@@ -54,7 +55,7 @@ def assert_same(one: Path, other: Path) -> None:
         histories = [(run / stage / "metrics.jsonl").read_text().splitlines() for run in (one, other)]
         lines = [[json.loads(line) for line in history] for history in histories]
         for ours, theirs in zip(*lines, strict=True):
-            for timing in ("seconds", "images_per_second"):
+            for timing in ("seconds", "images_per_second", "memory_gib"):
                 del ours[timing], theirs[timing]
             assert ours == theirs
     tables = [(run / "predictions.csv").read_bytes() for run in (one, other)]
@@ -66,7 +67,7 @@ def assert_same(one: Path, other: Path) -> None:
 def test_killed_at_any_step(config, tmp_path, unbroken, monkeypatch, save_minutes):
     """Killed after every fourth step, eighteen in all, until it gets to the end."""
     config = replace(config, train=replace(config.train, save_minutes=save_minutes))
-    step, done = training.train_step, []
+    step, done = training.Step.__call__, []
 
     def mortal(*args):
         values = step(*args)
@@ -75,7 +76,7 @@ def test_killed_at_any_step(config, tmp_path, unbroken, monkeypatch, save_minute
             raise Stop
         return values
 
-    monkeypatch.setattr(training, "train_step", mortal)
+    monkeypatch.setattr(training.Step, "__call__", mortal)
     kills = 0
     while True:
         try:
@@ -141,7 +142,7 @@ def test_killed_before_or_after_anything_is_written(config, tmp_path, unbroken, 
 @pytest.mark.fault("Ctrl-C, SIGTERM", "saved first, no step twice; the same weights, bit for bit")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_first_and_the_same_call_goes_on(config, tmp_path, unbroken, monkeypatch, number):
-    step, done = training.train_step, []
+    step, done = training.Step.__call__, []
 
     def signalled(*args):
         done.append(True)
@@ -149,7 +150,7 @@ def test_a_signal_saves_first_and_the_same_call_goes_on(config, tmp_path, unbrok
             os.kill(os.getpid(), number)
         return step(*args)
 
-    monkeypatch.setattr(training, "train_step", signalled)
+    monkeypatch.setattr(training.Step, "__call__", signalled)
     before = signal.getsignal(number)
     with pytest.raises(Interrupted) as caught:
         train(config, tmp_path / "broken")
@@ -169,19 +170,19 @@ def test_a_second_signal_stops_at_once(config, tmp_path, monkeypatch):
         time.sleep(5)
         pytest.fail("it went on")
 
-    monkeypatch.setattr(training, "train_step", signalled)
+    monkeypatch.setattr(training.Step, "__call__", signalled)
     with pytest.raises(KeyboardInterrupt):
         train(config, tmp_path / "run")
 
 
 def test_the_command_line_says_how_to_go_on(config, tmp_path, monkeypatch, capsys):
-    step = training.train_step
+    step = training.Step.__call__
 
     def signalled(*args):
         os.kill(os.getpid(), signal.SIGTERM)
         return step(*args)
 
-    monkeypatch.setattr(training, "train_step", signalled)
+    monkeypatch.setattr(training.Step, "__call__", signalled)
     config.save(tmp_path / "config.yaml")
     words = ["train", "--config", str(tmp_path / "config.yaml"), "--out", str(tmp_path / "run")]
     assert command_line(words) == 143
@@ -198,7 +199,7 @@ def test_a_finished_run_is_left_alone(config, unbroken, capsys):
 @pytest.fixture(scope="module")
 def lasting_stopped(config, tmp_path_factory):
     """A run that was killed in stage 2, with two snapshots there; only read."""
-    step, done, run = training.train_step, [], tmp_path_factory.mktemp("resume") / "stopped"
+    step, done, run = training.Step.__call__, [], tmp_path_factory.mktemp("resume") / "stopped"
 
     def mortal(*args):
         done.append(True)
@@ -207,7 +208,7 @@ def lasting_stopped(config, tmp_path_factory):
         return step(*args)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(training, "train_step", mortal)
+        patched.setattr(training.Step, "__call__", mortal)
         with pytest.raises(Stop):
             train(replace(config, train=replace(config.train, save_minutes=0.0)), run)
     return run
@@ -331,6 +332,35 @@ def test_another_manifest_is_refused_between_the_stages(config, stopped, lasting
             train(config, stopped)
     finally:
         lasting_manifest.write_bytes(content)
+
+
+@pytest.mark.fault("another --micro-batch", "said; it goes on")
+def test_another_micro_batch_is_said(config, stopped, capsys):
+    """As after too little memory."""
+    train(replace(config, train=replace(config.train, micro_batch=2)), stopped)
+    assert "samples at once (was 5, is 2)" in capsys.readouterr().out
+
+
+@pytest.mark.fault("killed in fp16, with gradients accumulated", "the same weights, bit for bit")
+def test_killed_in_fp16(config, tmp_path, monkeypatch):
+    """The scale of the loss goes on as well."""
+    config = replace(config, train=replace(config.train, precision="fp16", micro_batch=2, stages="2", save_minutes=0.0))
+    train(config, tmp_path / "unbroken")
+    step, done = training.Step.__call__, []
+
+    def mortal(self, batches):
+        if len(done) == 4:
+            done.clear()
+            raise Stop
+        done.append(True)
+        return step(self, batches)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training.Step, "__call__", mortal)
+        with pytest.raises(Stop):
+            train(config, tmp_path / "broken")
+    train(config, tmp_path / "broken")
+    assert_same(tmp_path / "unbroken", tmp_path / "broken", ("stage2",))
 
 
 @pytest.mark.fault("another number of threads", "said")

@@ -11,10 +11,11 @@ from torch import nn
 from ei.checkpoint import read_checkpoint
 from ei.config import Config, TrainConfig
 from ei.data.manifest import ManifestError
+from ei.optimisation import TrainingError, cyclic_learning_rate, make_optimizer
 from ei.runs import load_trunk
 from ei.runtime import fingerprint
 from ei.snapshots import Snapshot, newest_snapshot
-from ei.training import TrainingError, cyclic_learning_rate, make_optimizer, train
+from ei.training import train
 
 
 def history(stage) -> list[dict]:
@@ -117,7 +118,7 @@ def test_the_gate_prior_is_the_best_modality_on_the_training_rows(manifest, tmp_
     import ei.training as training
 
     asked, seen = [], []
-    validate, loss = training.Loop.validate, training.loss_terms
+    validate, make = training.Loop.validate, training.Loop.__init__
 
     def scores(self, rows):
         if getattr(self.model, "modality", None) and len(rows) == 12:
@@ -125,31 +126,31 @@ def test_the_gate_prior_is_the_best_modality_on_the_training_rows(manifest, tmp_
             return {"mAP": {"cfp": 0.4, "oct": 0.6}[self.model.modality]}
         return validate(self, rows)
 
-    def terms(*args, gate_prior, **kwargs):
-        seen.append(gate_prior)
-        return loss(*args, gate_prior=gate_prior, **kwargs)
+    def remember(self, *args, **kwargs):
+        make(self, *args, **kwargs)
+        seen.append(self.gate_prior)
 
     monkeypatch.setattr(training.Loop, "validate", scores)
-    monkeypatch.setattr(training, "loss_terms", terms)
+    monkeypatch.setattr(training.Loop, "__init__", remember)
     train(study_config(manifest), tmp_path / "run")
     assert asked == [("cfp", {"train"}), ("oct", {"train"})]
-    assert seen == [None] * 4 + [1] * 2  # stage 1 twice, then stage 2 with oct
+    assert seen == [None, None, "oct"]  # stage 1 twice, then stage 2
     seen.clear()
     train(study_config(manifest, gate_prior="cfp"), tmp_path / "told")
-    assert seen[-1] == 0
+    assert seen[-1] == "cfp"
 
 
 def test_stage_1_reads_the_images_of_its_modality_alone(manifest, tmp_path, study_config, monkeypatch):
     import ei.training as training
 
     read = []
-    step = training.train_step
+    step = training.Step.__call__
 
-    def remember(model, batch, *args):
-        read.append(set(batch.images))
-        return step(model, batch, *args)
+    def remember(self, batches):
+        read.append(set(batches[0].images))
+        return step(self, batches)
 
-    monkeypatch.setattr(training, "train_step", remember)
+    monkeypatch.setattr(training.Step, "__call__", remember)
     train(study_config(manifest), tmp_path / "run")
     assert read == [{"cfp"}] * 2 + [{"oct"}] * 2 + [{"cfp", "oct"}] * 2
 
@@ -158,13 +159,13 @@ def test_every_epoch_has_an_order_of_its_own(manifest, tmp_path, study_config, m
     import ei.training as training
 
     orders = []
-    step = training.train_step
+    step = training.Step.__call__
 
-    def remember(model, batch, *args):
-        orders.append(batch.ids)
-        return step(model, batch, *args)
+    def remember(self, batches):
+        orders.append(batches[0].ids)
+        return step(self, batches)
 
-    monkeypatch.setattr(training, "train_step", remember)
+    monkeypatch.setattr(training.Step, "__call__", remember)
     train(study_config(manifest, epochs=2, stages="2"), tmp_path / "run")
     first, second = orders[0] + orders[1], orders[2] + orders[3]
     assert sorted(first) == sorted(second) and first != second
@@ -238,6 +239,50 @@ def test_ablations_run(manifest, tmp_path, adapter, fusion, study_config):
     config = study_config(manifest)
     model = replace(config.model, adapter=adapter, fusion=fusion)
     assert (train(replace(config, model=model), tmp_path / "run") / "report.html").exists()
+
+
+@pytest.mark.parametrize("balance", ["off", "oversample", "auto", "weights"])
+def test_balance_reaches_the_steps(manifest, tmp_path, study_config, monkeypatch, balance):
+    """Of the train rows two thirds of the first class are taken away: 2, 4 and 4 are left."""
+    import ei.training as training
+
+    kept = [line for line in manifest.read_text().splitlines(True) if not line.startswith(("train0,", "train3,"))]
+    manifest.write_text("".join(kept))
+    seen = []
+    step = training.Step.__call__
+
+    def remember(self, batches):
+        weights = None if self.class_weights is None else self.class_weights.tolist()
+        seen.append((sum(map(len, batches)), weights))
+        return step(self, batches)
+
+    monkeypatch.setattr(training.Step, "__call__", remember)
+    config = study_config(manifest, stages="2")
+    chosen = (3.0, 1.0, 0.5) if balance == "weights" else ()
+    train(replace(config, data=replace(config.data, balance=balance, class_weights=chosen)), tmp_path / "run")
+    assert sum(samples for samples, _ in seen) == (12 if balance == "oversample" else 10)
+    weights = {"auto": [pytest.approx(10 / 6), pytest.approx(10 / 12), pytest.approx(10 / 12)], "weights": [3, 1, 0.5]}
+    assert seen[0][1] == weights.get(balance)
+
+
+def test_class_weights_must_fit(manifest, tmp_path, study_config):
+    config = study_config(manifest)
+    for given, message in [
+        ({"balance": "weights"}, "class_weights must be given"),
+        ({"class_weights": (1.0, 2.0)}, "balance must be 'weights' with class_weights"),
+        ({"balance": "weights", "class_weights": (1.0, -1.0)}, "class_weights must be positive"),
+        ({"balance": "weights", "class_weights": (1.0, 1.0)}, "one number for each of dark, grey, light, got 2"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            train(replace(config, data=replace(config.data, **given)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_narrow_precisions_train(manifest, tmp_path, study_config, precision):
+    run = train(study_config(manifest, precision=precision, stages="2", micro_batch=4), tmp_path / "run")
+    (_, line) = history(run / "stage2")
+    assert line["loss"]["total"] < 10 and line["memory_gib"] > 0
 
 
 def test_several_labels_per_sample(manifest, tmp_path, study_config):

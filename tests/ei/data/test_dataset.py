@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader
 from ei.config import DataConfig
 from ei.data.dataset import (
     Draw,
-    EpochSampler,
     ManifestDataset,
+    StepSampler,
     _hash,
     central_slices,
     epoch_order,
@@ -185,11 +185,10 @@ def test_slices_lie_within_their_part_of_the_volume(count: int, wanted: int) -> 
 def loaded(
     rows: Sequence[Row], workers: int, *, epochs: Sequence[int] = (0, 1), seed: int = 0, batch_size: int = 4
 ) -> list[Batch]:
-    sampler = EpochSampler(rows, seed=seed, balance=True)
+    sampler = StepSampler(rows, seed=seed, batch_size=batch_size, balance=True)
     loader: DataLoader[Sample] = DataLoader(
         dataset(rows, CONFIG, train=True, seed=seed),
-        batch_size=batch_size,
-        sampler=sampler,
+        batch_sampler=sampler,
         collate_fn=collate,
         num_workers=workers,
         persistent_workers=workers > 0,
@@ -321,20 +320,35 @@ def test_rows_with_several_labels_are_repeated_for_the_rarest() -> None:
     assert [copies[index] for index in range(13, 18)] == [1] * 5
 
 
-def test_the_length_of_an_epoch_is_known_and_constant() -> None:
-    for table in (labelled(0, 0, 0, 0, 1, 1, 1), labelled((1, 0), (1, 1), (1, 0), (0, 0), (1, 0))):
-        sampler = EpochSampler(table, seed=0, balance=True)
-        for epoch in range(4):
-            sampler.set_epoch(epoch)
-            assert len(list(sampler)) == len(sampler)
-            assert list(sampler) == epoch_order(table, seed=0, epoch=epoch, balance=True)
-    assert len(EpochSampler(labelled(0, 0, 0, 0, 1, 1, 1), seed=0, balance=True)) == 8
-    assert len(EpochSampler(labelled(0, 0, 0, 1), seed=0)) == 4
+@pytest.mark.parametrize("start", [0, 2])
+@pytest.mark.parametrize("at_once", [None, 1, 2, 3, 50])
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_every_step_is_dealt_out_once_whoever_takes_part(count: int, at_once: int | None, start: int) -> None:
+    """The last step has 3 samples, so that of 8 processes five get one that does not count."""
+    table = labelled(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1)
+    order = epoch_order(table, seed=0, epoch=4, balance=True)
+    steps = [order[k : k + 5] for k in range(5 * start, 16, 5)]
+    found: list[list[Draw]] = [[] for _ in steps]
+    for index in range(count):
+        sampler = StepSampler(table, seed=0, batch_size=5, balance=True, at_once=at_once, index=index, count=count)
+        sampler.set_epoch(4, start=start)
+        assert sampler.steps == 4
+        shares = list(sampler.shares())
+        assert len(shares) == len(steps)
+        assert list(sampler) == [draws for share in shares for draws in share.lists]
+        assert len(sampler) == sum(len(share.lists) for share in shares)
+        for number, share in enumerate(shares):
+            assert all(0 < len(draws) <= (at_once or 5) for draws in share.lists)
+            if share.counts:
+                found[number] += [draw for draws in share.lists for draw in draws]
+            else:
+                assert share.lists == [steps[number][:1]]
+    assert [sorted(step) for step in found] == [sorted(step) for step in steps]
 
 
 def test_balance_needs_labels() -> None:
     with pytest.raises(ValueError, match="balance needs labels, but row 7 has none"):
-        EpochSampler([row(7, None)], seed=0, balance=True)
+        StepSampler([row(7, None)], seed=0, batch_size=1, balance=True)
 
 
 @pytest.mark.parametrize(
