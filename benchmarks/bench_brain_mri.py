@@ -23,6 +23,7 @@ from ei import Config, DataConfig, ModelConfig, TrainConfig, load, train
 from ei.data.manifest import read_manifest
 from ei.evaluation import predict_rows
 from ei.metrics import average_precision
+from ei.processes import Processes
 
 RESULTS = Path(__file__).parent / "results"
 MODALITIES = ("FLAIR", "T1", "T2")
@@ -53,7 +54,7 @@ def lesion_ap(run: Path, modality: str | None = None) -> float:
     """AP of the class "lesion" on the test rows, of the final model or of a modality's stage 1."""
     model, config = load(run, modality)
     rows = read_manifest(config.data.manifest, config.data, classes=config.data.classes).split("test")
-    logits = predict_rows(model, rows, config, device=torch.device("cpu")).logits
+    logits = predict_rows(model, rows, config, processes=Processes(torch.device("cpu"))).logits
     return average_precision(logits[:, 1], np.array([row.label for row in rows]))
 
 
