@@ -10,15 +10,16 @@ patients are far too few for conclusions; the table is here because it is what c
 
 import argparse
 import json
-import platform
-import subprocess
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from harness import setup
 
+import ei
+import mor
 from ei import Config, DataConfig, ModelConfig, TrainConfig, load, train
 from ei.data.manifest import read_manifest
 from ei.evaluation import predict_rows
@@ -26,6 +27,7 @@ from ei.metrics import average_precision
 from ei.processes import Processes
 
 RESULTS = Path(__file__).parent / "results"
+VERSIONS, CODE = ("torch", "timm"), (Path(ei.__file__).parent, Path(mor.__file__).parent)
 MODALITIES = ("FLAIR", "T1", "T2")
 
 
@@ -60,13 +62,13 @@ def lesion_ap(run: Path, modality: str | None = None) -> float:
 
 def fold(manifest: Path, adapter: str, epochs: int, seed: int, folder: Path) -> dict[str, float]:
     """AP of every method, and the share of lesions among the test patches."""
-    ei = train(configuration(manifest, "ei", adapter, epochs, seed), folder / "ei")
-    late = train(configuration(manifest, "late", adapter, epochs, seed, stage1_from=str(ei)), folder / "late")
-    config = Config.load(ei / "config.yaml")
+    told = train(configuration(manifest, "ei", adapter, epochs, seed), folder / "ei")
+    late = train(configuration(manifest, "late", adapter, epochs, seed, stage1_from=str(told)), folder / "late")
+    config = Config.load(told / "config.yaml")
     rows = read_manifest(config.data.manifest, config.data, classes=config.data.classes).split("test")
     result = {"prevalence": float(np.mean([row.label for row in rows]))}
-    result |= {modality: lesion_ap(ei, modality) for modality in MODALITIES}
-    return result | {"late fusion": lesion_ap(late), "EI": lesion_ap(ei)}
+    result |= {modality: lesion_ap(told, modality) for modality in MODALITIES}
+    return result | {"late fusion": lesion_ap(late), "EI": lesion_ap(told)}
 
 
 def table(folds: dict[str, dict[str, float]]) -> str:
@@ -94,10 +96,7 @@ def main() -> None:
     if not manifests:
         parser.error(f"{arguments.folder} holds no leave_out_*.csv")
 
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    ).stdout.strip()
-    started, folds = time.perf_counter(), {}
+    made_by, started, folds = setup(VERSIONS, CODE), time.perf_counter(), {}
     for manifest in manifests:
         with tempfile.TemporaryDirectory() as folder:
             name = f"patient {manifest.stem.removeprefix('leave_out_')} left out"
@@ -109,8 +108,8 @@ def main() -> None:
         "config": configuration(Path("leave_out_*.csv"), "ei", *settings).to_dict(),
         "folds": folds,
         "seconds": round(time.perf_counter() - started),
-        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__},
-        "commit": commit,
+        "threads": torch.get_num_threads(),
+        "setup": made_by,
     }
     out.write_text(json.dumps(report, indent=1) + "\n")
     print(f"wrote {out}")

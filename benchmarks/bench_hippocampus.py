@@ -9,14 +9,13 @@ mAP on the 40 validation cases and measured on the 50 test cases.
 
 import argparse
 import json
-import platform
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from harness import commit
+from harness import setup
 
 from ei import Config, DataConfig, ModelConfig, TrainConfig, load, train
 from ei.data.manifest import read_manifest
@@ -25,6 +24,7 @@ from ei.metrics import summarise
 from ei.processes import Processes
 
 RESULTS = Path(__file__).parent / "results"
+VERSIONS, CODE = ("torch", "timm"), (Path(ei.__file__).parent, Path(mor.__file__).parent)
 PLANES = ("axial", "coronal", "sagittal")
 LABELS = ("small_total", "small_anterior", "small_posterior")
 
@@ -62,9 +62,9 @@ def measured(run: Path, modality: str | None = None) -> dict[str, dict[str, floa
 
 
 def one_seed(manifest: Path, epochs: int, seed: int, folder: Path) -> dict[str, dict[str, dict[str, float]]]:
-    ei = train(configuration(manifest, "ei", epochs, seed), folder / "ei")
-    late = train(configuration(manifest, "late", epochs, seed, stage1_from=str(ei)), folder / "late")
-    return {plane: measured(ei, plane) for plane in PLANES} | {"late fusion": measured(late), "EI": measured(ei)}
+    told = train(configuration(manifest, "ei", epochs, seed), folder / "ei")
+    late = train(configuration(manifest, "late", epochs, seed, stage1_from=str(told)), folder / "late")
+    return {plane: measured(told, plane) for plane in PLANES} | {"late fusion": measured(late), "EI": measured(told)}
 
 
 def table(seeds: dict[str, dict[str, dict[str, dict[str, float]]]]) -> str:
@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "hippocampus.json")
     arguments = parser.parse_args()
     manifest = arguments.folder / "manifest.csv"
-    made_by, started, seeds = commit(), time.perf_counter(), {}
+    made_by, started, seeds = setup(VERSIONS, CODE), time.perf_counter(), {}
     for seed in range(arguments.seeds):
         with tempfile.TemporaryDirectory() as folder:
             seeds[str(seed)] = one_seed(manifest, arguments.epochs, seed, Path(folder))
@@ -100,8 +100,8 @@ def main() -> None:
         "prevalence": dict(zip(LABELS, np.mean([row.label for row in rows], axis=0).round(3).tolist(), strict=True)),
         "seeds": seeds,
         "seconds": round(time.perf_counter() - started),
-        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__},
-        "commit": made_by,
+        "threads": torch.get_num_threads(),
+        "setup": made_by,
     }
     arguments.out.write_text(json.dumps(report, indent=1) + "\n")
     print(f"wrote {arguments.out}")

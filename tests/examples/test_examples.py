@@ -78,3 +78,40 @@ def test_the_brain_mri_benchmark_runs(patches, tmp_path):
     assert done.returncode == 0, done.stderr
     methods = [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("| ")][-6:]
     assert methods == ["prevalence", "FLAIR", "T1", "T2", "late fusion", "EI"]
+
+
+@pytest.fixture
+def volumes(tmp_path) -> Path:
+    """A file like the real one: 12 cases, 4 to each split."""
+    generator = np.random.default_rng(0)
+    labels = np.array([[k % 2, k // 2 % 2, 1 - k % 2] for k in range(12)], dtype=np.uint8)
+    np.savez(
+        tmp_path / "volumes.npz",
+        volumes=generator.integers(0, 256, (12, 48, 64, 48), dtype=np.uint8),
+        labels=labels,
+        split=np.repeat(["train", "valid", "test"], 4),
+        case=[f"case{k:02d}" for k in range(12)],
+    )
+    return tmp_path / "volumes.npz"
+
+
+def test_hippocampus_planes_become_a_manifest_and_the_benchmark_runs(volumes, tmp_path):
+    done = run("04_hippocampus_planes.py", volumes, tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    source = np.load(volumes)
+    with open(tmp_path / "out/manifest.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["split"] for row in rows] == ["train"] * 4 + ["val"] * 4 + ["test"] * 4
+    for number, row in enumerate(rows):
+        volume = source["volumes"][number]
+        read = {plane: np.load(tmp_path / "out" / row[plane]) for plane in ("axial", "coronal", "sagittal")}
+        assert np.array_equal(read["axial"][5], volume[:, :, 5])
+        assert np.array_equal(read["coronal"][6], volume[:, 6])
+        assert np.array_equal(read["sagittal"][7], volume[7])
+        names = ("small_total", "small_anterior", "small_posterior")
+        assert [int(row[name]) for name in names] == source["labels"][number].tolist()
+    benchmark = EXAMPLES.parent / "benchmarks/bench_hippocampus.py"
+    done = run(str(benchmark), tmp_path / "out", "--epochs", 1, "--seeds", 1, "--out", tmp_path / "result.json")
+    assert done.returncode == 0, done.stderr
+    methods = [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("| ")][-5:]
+    assert methods == ["axial", "coronal", "sagittal", "late fusion", "EI"]
