@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from harness import setup
 
+import ei
+import mor
 from ei import Config, DataConfig, ModelConfig, TrainConfig, load, train
 from ei.data.manifest import read_manifest
 from ei.evaluation import predict_rows

@@ -82,15 +82,15 @@ def test_the_brain_mri_benchmark_runs(patches, tmp_path):
 
 @pytest.fixture
 def volumes(tmp_path) -> Path:
-    """A file like the real one: 12 cases, 4 to each split."""
+    """A file like the real one: 24 cases, 8 to each split."""
     generator = np.random.default_rng(0)
-    labels = np.array([[k % 2, k // 2 % 2, 1 - k % 2] for k in range(12)], dtype=np.uint8)
+    labels = np.array([[k % 2, k // 2 % 2, 1 - k % 2] for k in range(24)], dtype=np.uint8)
     np.savez(
         tmp_path / "volumes.npz",
-        volumes=generator.integers(0, 256, (12, 48, 64, 48), dtype=np.uint8),
+        volumes=generator.integers(0, 256, (24, 48, 64, 48), dtype=np.uint8),
         labels=labels,
-        split=np.repeat(["train", "valid", "test"], 4),
-        case=[f"case{k:02d}" for k in range(12)],
+        split=np.repeat(["train", "valid", "test"], 8),
+        case=[f"case{k:02d}" for k in range(24)],
     )
     return tmp_path / "volumes.npz"
 
@@ -101,7 +101,7 @@ def test_hippocampus_planes_become_a_manifest_and_the_benchmark_runs(volumes, tm
     source = np.load(volumes)
     with open(tmp_path / "out/manifest.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["split"] for row in rows] == ["train"] * 4 + ["val"] * 4 + ["test"] * 4
+    assert [row["split"] for row in rows] == ["train"] * 8 + ["val"] * 8 + ["test"] * 8
     for number, row in enumerate(rows):
         volume = source["volumes"][number]
         read = {plane: np.load(tmp_path / "out" / row[plane]) for plane in ("axial", "coronal", "sagittal")}
