@@ -241,16 +241,20 @@ def _meant(pattern: str, names: Sequence[str]) -> str:
     return f"names are {_few(list(dict.fromkeys([*close, *heads, *reversed(names)])))}"
 
 
+def read_files(config: Path, tensors: Path, what: str) -> tuple[Any, bytes]:
+    """The two files of an adapter: what its JSON says, and the other's bytes; a ValueError names what is missing."""
+    try:
+        return json.loads(config.read_text(encoding="utf-8")), tensors.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{config.parent} holds no {what}: {error.strerror or error}: {error.filename}") from error
+    except ValueError as error:
+        raise ValueError(f"{config} is damaged: {error}") from error
+
+
 def read_folder(folder: Path) -> tuple[MoRConfig, list[str], list[str], dict[str, Tensor]]:
     """What :func:`write_folder` wrote: settings, adapted layers, names of other parts, tensors."""
     _refuse_folder_of_peft(folder)
-    try:
-        description = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        payload = (folder / TENSORS).read_bytes()
-    except OSError as error:
-        raise ValueError(f"{folder} holds no adapter: {error.strerror or error}: {error.filename}") from error
-    except ValueError as error:
-        raise ValueError(f"{folder / CONFIG} is damaged: {error}") from error
+    description, payload = read_files(folder / CONFIG, folder / TENSORS, "adapter")
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise ValueError(f"{folder / CONFIG} does not describe a {FORMAT} adapter")
     if description.get("format_version") != FORMAT_VERSION:

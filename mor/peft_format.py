@@ -14,7 +14,7 @@ from safetensors.torch import save as serialise
 from torch import Tensor
 
 from mor.checkpoint import CONFIG as CONFIG_OF_MOR
-from mor.checkpoint import CONFIG_OF_PEFT, FORMAT, METHOD_OF_PEFT, read_folder, write_folder
+from mor.checkpoint import CONFIG_OF_PEFT, FORMAT, METHOD_OF_PEFT, read_files, read_folder, write_folder
 from mor.checkpoint import TENSORS as TENSORS_OF_MOR
 from mor.config import MoRConfig
 from mor.files import write_atomically
@@ -227,13 +227,7 @@ def add_note_to_card(folder: Path) -> None:
 
 def _read_peft_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """adapter_config.json, and the tensors by their names in the plain model."""
-    try:
-        description = json.loads((folder / CONFIG_OF_PEFT).read_text(encoding="utf-8"))
-        payload = (folder / TENSORS).read_bytes()
-    except OSError as error:
-        raise ValueError(f"{folder} holds no adapter of peft: {error.strerror or error}: {error.filename}") from error
-    except ValueError as error:
-        raise ValueError(f"{folder / CONFIG_OF_PEFT} is damaged: {error}") from error
+    description, payload = read_files(folder / CONFIG_OF_PEFT, folder / TENSORS, "adapter of peft")
     method = description.get("peft_type") if isinstance(description, dict) else None
     if method != METHOD_OF_PEFT:
         raise ValueError(

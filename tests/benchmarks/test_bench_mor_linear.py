@@ -1,10 +1,8 @@
 """The GPU benchmark, tried in the interpreter: all of it runs, what is wrong gets no time, targets are judged."""
 
-import importlib.util
+import importlib
 import json
-import sys
 from argparse import Namespace
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -13,7 +11,6 @@ import torch
 
 import mor_kernels
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "bench_mor_linear.py"
 TINY = ["--device", "cpu", "--blocks", "tiny", "--rows", "40"]
 
 pytestmark = pytest.mark.skipif(
@@ -22,15 +19,9 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def bench() -> Iterator[ModuleType]:
+def bench() -> ModuleType:
     pytest.importorskip("peft")
-    sys.path.insert(0, str(SCRIPT.parent))  # as for a script
-    spec = importlib.util.spec_from_file_location("bench_mor_linear", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    sys.path.remove(str(SCRIPT.parent))
+    return importlib.import_module("bench_mor_linear")
 
 
 @pytest.fixture(scope="module")

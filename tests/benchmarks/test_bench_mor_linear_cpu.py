@@ -1,9 +1,7 @@
 """The CPU benchmark runs, counts the right bytes, judges its targets, and gives no speed while results are wrong."""
 
-import importlib.util
+import importlib
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -15,19 +13,11 @@ from torch import Tensor
 import mor
 from mor_kernels.measure import git_state
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "bench_mor_linear_cpu.py"
-
 
 @pytest.fixture(scope="module")
-def bench() -> Iterator[ModuleType]:
+def bench() -> ModuleType:
     pytest.importorskip("peft")
-    sys.path.insert(0, str(SCRIPT.parent))  # as for a script
-    spec = importlib.util.spec_from_file_location("bench_mor_linear_cpu", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    sys.path.remove(str(SCRIPT.parent))
+    return importlib.import_module("bench_mor_linear_cpu")
 
 
 def test_writes_every_layer_and_judges_every_target(

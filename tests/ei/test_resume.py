@@ -7,7 +7,8 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -289,6 +290,16 @@ def test_a_run_goes_on_from_the_snapshot_before_a_damaged_one(config, stopped, u
     assert not list((stopped / "stage2/snapshots").glob(".tmp*"))
 
 
+@contextmanager
+def renamed_row(manifest: Path) -> Iterator[None]:
+    content = manifest.read_bytes()
+    manifest.write_bytes(content.replace(b"train3,", b"trainee3,", 1))
+    try:
+        yield
+    finally:
+        manifest.write_bytes(content)
+
+
 @pytest.mark.fault("other settings", "refused by name")
 def test_other_settings_are_refused_and_named(config, stopped):
     with pytest.raises(ValueError, match=r"begun with other settings: train lr \(was 0.003, is 0.1\)"):
@@ -298,13 +309,8 @@ def test_other_settings_are_refused_and_named(config, stopped):
 
 @pytest.mark.fault("another manifest", "refused")
 def test_another_manifest_is_refused(config, stopped, lasting_manifest):
-    content = lasting_manifest.read_bytes()
-    try:
-        lasting_manifest.write_bytes(content.replace(b"train3,", b"trainee3,", 1))
-        with pytest.raises(ValueError, match="is not what it was when .* was begun"):
-            train(config, stopped)
-    finally:
-        lasting_manifest.write_bytes(content)
+    with renamed_row(lasting_manifest), pytest.raises(ValueError, match="is not what it was when .* was begun"):
+        train(config, stopped)
 
 
 @pytest.mark.fault("other frozen weights", "refused")
@@ -325,13 +331,8 @@ def test_other_frozen_weights_are_refused(config, stopped, monkeypatch):
 @pytest.mark.fault("another manifest after stage 1", "refused")
 def test_another_manifest_is_refused_between_the_stages(config, stopped, lasting_manifest):
     shutil.rmtree(stopped / "stage2")
-    content = lasting_manifest.read_bytes()
-    try:
-        lasting_manifest.write_bytes(content.replace(b"train3,", b"trainee3,", 1))
-        with pytest.raises(ValueError, match="is not what it was when .*stage1.* was begun"):
-            train(config, stopped)
-    finally:
-        lasting_manifest.write_bytes(content)
+    with renamed_row(lasting_manifest), pytest.raises(ValueError, match="is not what it was when .*stage1.* was begun"):
+        train(config, stopped)
 
 
 @pytest.mark.fault("another --micro-batch", "said; it goes on")
