@@ -22,8 +22,8 @@ from ei.models.weights import misfit, read_weights
 
 REQUIREMENT = "backbone must be a ViT with a class token and one convolution as patch embedding"
 
-# What a file of weights may hold beyond the backbone: timm's head, DeiT's second one, CLIP's projection.
-_HEADS = re.compile(r"head\..*|head_dist\..*|proj")
+# What a file of weights may hold beyond the backbone: a head, DeiT's second one, CLIP's projection, MAE's decoder.
+_BEYOND = re.compile(r"head\..*|head_dist\..*|proj|decoder_.*|mask_token")
 
 
 class Backbone(nn.Module):
@@ -125,7 +125,7 @@ class Backbone(nn.Module):
             state = self._translated(given)
         except Exception:  # a file of another model can fail anywhere; the comparison says how it differs
             state = given
-        kept = {name: tensor for name, tensor in state.items() if not _HEADS.fullmatch(name)}
+        kept = {name: tensor for name, tensor in state.items() if not _BEYOND.fullmatch(name)}
         if problems := misfit(self.vit.state_dict(), kept):
             raise ValueError(f"weights {weights} do not fit the backbone: {problems}")
         self.vit.load_state_dict(kept)

@@ -1,5 +1,6 @@
 """Weights on disk: reading a file without running code from it, and saying how tensors do not fit a model."""
 
+import argparse
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,15 +9,19 @@ import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-# Checkpoints of training scripts keep the weights under one of these, beside an optimiser's state and the like.
-WRAPPERS = ("state_dict", "model")
+# Checkpoints of training scripts keep the weights under one of these, beside an optimiser's state and the like (of
+# DINO's two networks, the teacher is the one to use).
+WRAPPERS = ("state_dict", "model", "teacher")
+# And names may begin with what the script had wrapped the model in.
+PREFIXES = ("module.", "model.", "backbone.")
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """The named tensors of a .safetensors, .pth or .pt file, on the CPU.
 
     Args:
-        path: A file with a mapping of names to tensors, bare or under 'state_dict' or 'model'.
+        path: A file with a mapping of names to tensors, bare or under 'state_dict', 'model' or 'teacher'; a prefix
+            'module.', 'model.' or 'backbone.' is taken off the names.
 
     Raises:
         ValueError: the file is missing, damaged, of another kind, or would have to be unpickled by a torch
@@ -65,13 +70,15 @@ def misfit(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
 def _read_tensors(path: Path) -> object:
     if path.suffix == ".safetensors":
         return safetensors.torch.load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+    # Checkpoints of MAE, DINO and RETFound also hold the arguments of their scripts, a class of plain data.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _named_tensors(path: Path, content: object) -> dict[str, Tensor]:
     while isinstance(content, dict):
         if content and all(isinstance(value, Tensor) for value in content.values()):
-            return content
+            return _without_prefixes(content)
         inner = [content[wrapper] for wrapper in WRAPPERS if isinstance(content.get(wrapper), dict)]
         if len(inner) != 1:
             break
@@ -80,6 +87,14 @@ def _named_tensors(path: Path, content: object) -> dict[str, Tensor]:
         f"cannot use {path} as weights: it must hold one mapping of names to tensors,"
         f" bare or under {' or '.join(map(repr, WRAPPERS))}"
     )
+
+
+def _without_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    for prefix in PREFIXES:
+        shorter = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+        if len(shorter) == len(tensors):
+            tensors = shorter
+    return tensors
 
 
 def _listed(names: list[str], most: int = 8) -> str:

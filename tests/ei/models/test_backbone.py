@@ -1,5 +1,6 @@
 """Loading the backbone that a configuration names, and making it learn."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,25 @@ def test_weights_of_another_grid_equal_timms_dynamic_size(tmp_path: Path, side: 
 
 def test_pth_weights(tmp_path: Path, trunk: Backbone) -> None:
     torch.save({"state_dict": trunk.vit.state_dict(), "epoch": 3}, tmp_path / "tiny.pth")
+    backbone = load_backbone(ModelConfig(backbone="tiny", weights=str(tmp_path / "tiny.pth")), 8)
+    images = torch.randn(2, 3, 8, 8)
+    assert torch.equal(backbone(images), trunk(images))
+
+
+def mae(state: dict) -> dict:
+    """With the decoder that pretraining needs, as RETFound's files have it."""
+    decoder = {"mask_token": torch.zeros(1, 1, 64), "decoder_embed.weight": torch.zeros(8, 64)}
+    return {"model": state | decoder | {"decoder_blocks.0.norm1.bias": torch.zeros(8)}, "epoch": 799}
+
+
+def dino(state: dict) -> dict:
+    backbone = {f"backbone.{name}": tensor for name, tensor in state.items()}
+    return {"teacher": backbone | {"head.mlp.0.weight": torch.zeros(8, 64)}, "student": {"module.x": torch.zeros(1)}}
+
+
+@pytest.mark.parametrize("layout", [mae, dino])
+def test_weights_as_self_supervised_training_leaves_them(tmp_path: Path, trunk: Backbone, layout: Callable) -> None:
+    torch.save(layout(trunk.vit.state_dict()), tmp_path / "tiny.pth")
     backbone = load_backbone(ModelConfig(backbone="tiny", weights=str(tmp_path / "tiny.pth")), 8)
     images = torch.randn(2, 3, 8, 8)
     assert torch.equal(backbone(images), trunk(images))

@@ -1,5 +1,6 @@
 """Reading files of weights that may be anything."""
 
+import argparse
 import pickle
 from pathlib import Path
 
@@ -23,7 +24,18 @@ def test_safetensors(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".pt", ".pth"])
 @pytest.mark.parametrize(
-    "content", [TENSORS, {"state_dict": TENSORS, "epoch": 1}, {"model": TENSORS}, {"model": {"state_dict": TENSORS}}]
+    "content",
+    [
+        TENSORS,
+        {"state_dict": TENSORS, "epoch": 1},
+        {"model": TENSORS, "args": argparse.Namespace(lr=1e-3, out="x")},  # MAE, RETFound
+        {"model": {"state_dict": TENSORS}},
+        {"student": {f"module.backbone.{name}": -value for name, value in TENSORS.items()}}
+        | {"teacher": {f"backbone.{name}": value for name, value in TENSORS.items()}},  # DINO
+        {"state_dict": {f"model.{name}": value for name, value in TENSORS.items()}},  # Lightning
+        {f"module.{name}": value for name, value in TENSORS.items()},  # DataParallel
+        {"module.a": TENSORS["a"], "b": TENSORS["b"]},
+    ],
 )
 def test_pickled_tensors(tmp_path: Path, suffix: str, content: dict) -> None:
     torch.save(content, tmp_path / f"w{suffix}")
@@ -31,12 +43,18 @@ def test_pickled_tensors(tmp_path: Path, suffix: str, content: dict) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [{}, [torch.ones(1)], {"a": 1}, {"teacher": TENSORS}, {"model": TENSORS, "state_dict": TENSORS}]
+    "content", [{}, [torch.ones(1)], {"a": 1}, {"student": TENSORS}, {"model": TENSORS, "state_dict": TENSORS}]
 )
 def test_pickles_without_one_mapping_of_tensors(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "w.pth")
     with pytest.raises(ValueError, match="must hold one mapping of names to tensors"):
         read_weights(tmp_path / "w.pth")
+
+
+def test_a_prefix_that_would_make_two_names_one_stays(tmp_path: Path) -> None:
+    tensors = {"a": torch.zeros(1), "module.a": torch.ones(1)}
+    save_file(tensors, tmp_path / "w.safetensors")
+    assert read_weights(tmp_path / "w.safetensors").keys() == tensors.keys()
 
 
 def test_a_torch_that_unpickles_unsafely_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
