@@ -52,6 +52,8 @@ class DataConfig:
     """What is black and white beyond 8 bits: type, percentiles or LOW:HIGH; one for all modalities, or one for each."""
     allow_outside: bool = False
     """Image paths may be absolute, or lead out of the manifest's folder."""
+    allow_missing: bool = False
+    """A sample may lack modalities: an empty cell."""
     image_size: int = 224
     """Side of the square that images are resized to, in pixels."""
     mean: Floats = CLIP_MEAN
@@ -68,6 +70,8 @@ class DataConfig:
     """Contrast, brightness and saturation of training images are scaled by 1 - jitter .. 1 + jitter."""
     balance: bool = False
     """Repeat samples of rare classes in training until all classes are equally frequent."""
+    modality_dropout: float = 0.0
+    """Probability with which each modality of a training sample is left out; one always stays."""
 
     def __post_init__(self) -> None:
         _require(self.images in ("mean", "one"), "images", "'mean' or 'one'", self.images)
@@ -84,6 +88,8 @@ class DataConfig:
         _require(0 <= self.crop < 0.5, "crop", "at least 0 and less than 0.5", self.crop)
         _require(0 <= self.flip <= 1, "flip", "between 0 and 1", self.flip)
         _require(0 <= self.jitter < 1, "jitter", "at least 0 and less than 1", self.jitter)
+        dropout = self.modality_dropout
+        _require(0 <= dropout < 1, "modality_dropout", "at least 0 and less than 1", dropout)
         for name, values in (("modalities", self.modalities), ("labels", self.labels), ("classes", self.classes)):
             _require(not isinstance(values, str), name, "a tuple of names", values)
             _require(len(set(values)) == len(values), name, "without repetition", values)
@@ -96,6 +102,11 @@ class DataConfig:
     def multi_label(self) -> bool:
         """Several label columns: a sample may have several labels."""
         return len(self.labels) > 1
+
+    @property
+    def knows_missing(self) -> bool:
+        """Training shows, or may show, samples that lack a modality."""
+        return self.allow_missing or self.modality_dropout > 0
 
     def intensity_of(self, modality: str) -> Intensity:
         """The rule for the files of a modality."""
