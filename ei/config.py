@@ -5,6 +5,7 @@ Field names are unique over all sections, so that each is one flag: ``--backbone
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_origin, get_type_hints
 
@@ -93,6 +94,9 @@ class DataConfig:
         for name, values in (("modalities", self.modalities), ("labels", self.labels), ("classes", self.classes)):
             _require(not isinstance(values, str), name, "a tuple of names", values)
             _require(len(set(values)) == len(values), name, "without repetition", values)
+        if self.knows_missing:
+            joined = ["+".join(subset) for subset in self.subsets]
+            _require(len(set(joined)) == len(joined), "modalities", "told apart when joined by '+'", self.modalities)
         for modality in self.modalities:
             # Folders and columns of results are named after modalities.
             usable = not modality.startswith(".") and modality not in ("fused", "weight")
@@ -107,6 +111,19 @@ class DataConfig:
     def knows_missing(self) -> bool:
         """Training shows, or may show, samples that lack a modality."""
         return self.allow_missing or self.modality_dropout > 0
+
+    @property
+    def subsets(self) -> list[tuple[str, ...]]:
+        """What evaluation gives the model if it knows missing modalities: every subset of them, the smallest first.
+
+        Of more than six modalities only each alone, all but each, and all.
+
+        >>> DataConfig(modalities=("cfp", "oct")).subsets
+        [('cfp',), ('oct',), ('cfp', 'oct')]
+        """
+        count = len(self.modalities)
+        sizes = range(1, count + 1) if count <= 6 else (1, count - 1, count)
+        return [subset for size in sizes for subset in combinations(self.modalities, size)]
 
     def intensity_of(self, modality: str) -> Intensity:
         """The rule for the files of a modality."""

@@ -85,7 +85,7 @@ def train(config: Config, run: str | Path) -> Path:
         say(f"note: {counted(len(manifest.warnings), 'warning')} about {config.data.manifest}; 'ei check' shows all")
         say(f"  {manifest.warnings[0]}")
     config = resolved(config, manifest)
-    require_measurable(manifest)
+    require_measurable(manifest, alone=config.train.stages == "both")
     going_on = resumes(folder, config)
     device = choose_device(config.train.device)
     if config.train.compile != "off":
@@ -140,7 +140,8 @@ class Stages:
             learned = read_checkpoint(folder.best)
             self.require_same_origin(learned.notes, folder)
             return learned.parameters, json.loads(folder.finished.read_text())["train mAP"]
-        alone = replace(self, config=replace(self.config, data=replace(self.config.data, modalities=(modality,))))
+        data = replace(self.config.data, modalities=(modality,))
+        alone = replace(self, config=replace(self.config, data=data), manifest=self.manifest.having(modality))
         seed_everything(self.config.train.seed)
         model = build_model(alone.config, len(self.manifest.classes), modality=modality, trunk=self.trunk)
         model.to(self.device)
@@ -150,7 +151,7 @@ class Stages:
             write_checkpoint(folder.best, taken.parameters, taken.notes)
         else:
             loop.run()
-        score = loop.validate(self.manifest.split("train"))["mAP"]
+        score = loop.validate(alone.manifest.split("train"))["mAP"]
         write_atomically(folder.finished, json.dumps({"train mAP": score}).encode())
         return trained_state(model), score
 
