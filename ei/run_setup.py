@@ -50,7 +50,7 @@ def require_measurable(manifest: Manifest, *, alone: bool = True) -> None:
     numbers = zip(manifest.classes, *counts.values(), strict=True)
     say(f"classes, {'/'.join(SPLITS)} rows: " + ", ".join(f"{name} {a}/{b}/{c}" for name, a, b, c in numbers))
     for modality, lacking in missing.items():
-        say(f"rows without {modality}: " + "/".join(str(lacking.get(split, 0)) for split in SPLITS))
+        say(f"rows without {modality}, {'/'.join(SPLITS)}: " + "/".join(str(lacking.get(split, 0)) for split in SPLITS))
 
 
 def _measurable_counts(manifest: Manifest, which: str, way_out: str) -> dict[str, np.ndarray]:
