@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ei.config import DataConfig
 from ei.data.listed import Fault, counted
-from ei.data.manifest import FAULTS_SHOWN, Manifest, ManifestError, read_manifest
+from ei.data.manifest import FAULTS_SHOWN, ManifestError, read_manifest
 
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".npy", ".nii", ".nii.gz", ".dcm")
 _NO_IMAGES = ("id", "patient", "split")
@@ -23,6 +23,8 @@ class CheckReport:
     modalities: tuple[str, ...]
     rows: dict[str, int]
     """Of each split; empty if there are faults, and for a manifest without labels under ''."""
+    missing: dict[str, dict[str, int]]
+    """Of each modality that some rows lack, how many of each split."""
     classes: tuple[str, ...]
     faults: tuple[Fault, ...]
     warnings: tuple[Fault, ...]
@@ -48,6 +50,9 @@ class CheckReport:
             rows = ", ".join(f"{name} {count}".strip() for name, count in self.rows.items())
             classes = f"; classes: {', '.join(self.classes)}" if self.classes else ""
             yield f"{self.manifest} can be used: rows: {rows}; modalities: {', '.join(self.modalities)}{classes}"
+            for modality, counts in self.missing.items():
+                lacking = ", ".join(f"{count} of {self.rows[split]} {split}".strip() for split, count in counts.items())
+                yield f"rows without {modality}: {lacking}"
 
 
 def check_manifest(path: Path, config: DataConfig, *, labelled: bool = True, cache: bool = True) -> CheckReport:
@@ -68,8 +73,10 @@ def check_manifest(path: Path, config: DataConfig, *, labelled: bool = True, cac
     try:
         manifest = read_manifest(path, config, labelled=labelled, cache=cache)
     except ManifestError as error:
-        return CheckReport(str(path), config.modalities, {}, (), error.faults, error.warnings)
-    return CheckReport(str(path), manifest.modalities, _rows_of(manifest), manifest.classes, (), manifest.warnings)
+        return CheckReport(str(path), config.modalities, {}, {}, (), error.faults, error.warnings)
+    rows = dict(Counter(row.split for row in manifest.rows))
+    missing, warnings = manifest.missing(), manifest.warnings
+    return CheckReport(str(path), manifest.modalities, rows, missing, manifest.classes, (), warnings)
 
 
 def image_columns(path: Path, besides: Sequence[str]) -> tuple[str, ...]:
@@ -91,7 +98,3 @@ def image_columns(path: Path, besides: Sequence[str]) -> tuple[str, ...]:
     if not found:
         raise ValueError(f"no column of {path} names images; name them with --modalities")
     return found
-
-
-def _rows_of(manifest: Manifest) -> dict[str, int]:
-    return dict(Counter(row.split for row in manifest.rows))

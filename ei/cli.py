@@ -72,6 +72,8 @@ class Check:
     """As for 'ei train'."""
     allow_outside: bool = DataConfig.allow_outside
     """As for 'ei train'."""
+    allow_missing: bool = DataConfig.allow_missing
+    """As for 'ei train'."""
     unlabelled: bool = False
     """It is a manifest for 'ei predict': labels and splits are not looked at."""
     fresh: bool = False
@@ -178,7 +180,7 @@ def prepare(words: Sequence[str]) -> None:
 
 def check(words: Sequence[str]) -> int:
     path, words = _take_config(list(words))
-    columns = ("modalities", "labels", "classes", "intensity", "allow_outside")
+    columns = ("modalities", "labels", "classes", "intensity", "allow_outside", "allow_missing")
     known = DataConfig() if path is None else Config.load(path).data
     defaults = {name: getattr(known, name) for name in columns}
     command = _parse(Check, "check", words, default=Check(manifest=tyro.MISSING, **defaults))

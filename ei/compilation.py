@@ -5,6 +5,10 @@ from torch import nn
 
 from ei.models import Backbone
 
+_MOST_GRAPHS = 32
+"""Of a ViT: without tokens, with them, with some unseen; for the first number of images, for any and for one; each in
+training and in evaluation."""
+
 
 def require_compiler(device: torch.device) -> None:
     """Raise a ValueError if torch.compile does not work here: before training, not after the data have been read."""
@@ -27,8 +31,11 @@ def compile_backbones(model: nn.Module, compile: str) -> None:
     Heads and fusion stay as they are. ViTs of one shape share their graphs; the second number of images that turns
     up compiles a graph for any number.
     """
-    # A function has room for eight graphs, and those of the stage before are not used any more.
+    from torch._dynamo import config  # here, because it takes a second
+
+    # A function has room for so many graphs, and those of the stage before are not used any more.
     torch.compiler.reset()
+    config.recompile_limit = max(config.recompile_limit, _MOST_GRAPHS)
     mode = "reduce-overhead" if compile == "graphs" else "default"
     for backbone in (module for module in model.modules() if isinstance(module, Backbone)):
         backbone.compile(fullgraph=True, mode=mode)

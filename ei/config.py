@@ -5,6 +5,7 @@ Field names are unique over all sections, so that each is one flag: ``--backbone
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_origin, get_type_hints
 
@@ -52,6 +53,8 @@ class DataConfig:
     """What is black and white beyond 8 bits: type, percentiles or LOW:HIGH; one for all modalities, or one for each."""
     allow_outside: bool = False
     """Image paths may be absolute, or lead out of the manifest's folder."""
+    allow_missing: bool = False
+    """A sample may lack modalities: an empty cell."""
     image_size: int = 224
     """Side of the square that images are resized to, in pixels."""
     mean: Floats = CLIP_MEAN
@@ -71,6 +74,8 @@ class DataConfig:
     them count more in the loss, by how rare they are; 'weights': by --class-weights."""
     class_weights: Floats = ()
     """What a sample of each class counts in the loss, in the order of the classes; with several labels, each label."""
+    modality_dropout: float = 0.0
+    """Probability with which each modality of a training sample is left out; one always stays."""
 
     def __post_init__(self) -> None:
         _require(self.images in ("mean", "one"), "images", "'mean' or 'one'", self.images)
@@ -93,9 +98,14 @@ class DataConfig:
         _require(has_weights or not self.class_weights, "balance", "'weights' with class_weights", self.balance)
         _require(all(weight > 0 for weight in self.class_weights), "class_weights", "positive", self.class_weights)
         _require(0 <= self.jitter < 1, "jitter", "at least 0 and less than 1", self.jitter)
+        dropout = self.modality_dropout
+        _require(0 <= dropout < 1, "modality_dropout", "at least 0 and less than 1", dropout)
         for name, values in (("modalities", self.modalities), ("labels", self.labels), ("classes", self.classes)):
             _require(not isinstance(values, str), name, "a tuple of names", values)
             _require(len(set(values)) == len(values), name, "without repetition", values)
+        if self.knows_missing:
+            joined = ["+".join(subset) for subset in self.subsets]
+            _require(len(set(joined)) == len(joined), "modalities", "told apart when joined by '+'", self.modalities)
         for modality in self.modalities:
             # Folders and columns of results are named after modalities.
             usable = not modality.startswith(".") and modality not in ("fused", "weight")
@@ -105,6 +115,24 @@ class DataConfig:
     def multi_label(self) -> bool:
         """Several label columns: a sample may have several labels."""
         return len(self.labels) > 1
+
+    @property
+    def knows_missing(self) -> bool:
+        """Training shows, or may show, samples that lack a modality."""
+        return self.allow_missing or self.modality_dropout > 0
+
+    @property
+    def subsets(self) -> list[tuple[str, ...]]:
+        """What evaluation gives the model if it knows missing modalities: every subset of them, the smallest first.
+
+        Of more than six modalities only each alone, all but each, and all.
+
+        >>> DataConfig(modalities=("cfp", "oct")).subsets
+        [('cfp',), ('oct',), ('cfp', 'oct')]
+        """
+        count = len(self.modalities)
+        sizes = range(1, count + 1) if count <= 6 else (1, count - 1, count)
+        return [subset for size in sizes for subset in combinations(self.modalities, size)]
 
     def intensity_of(self, modality: str) -> Intensity:
         """The rule for the files of a modality."""

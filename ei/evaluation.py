@@ -6,7 +6,7 @@ Shapes: N samples, C classes, M modalities.
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -130,12 +130,15 @@ def evaluate(run: str | Path) -> dict[str, Any]:
             name: predict_rows(model, rows, config, processes=processes, what=f"evaluate {name}")
             for name, rows in splits.items()
         }
-    metrics = {
+    metrics: dict[str, Any] = {
         "classes": list(manifest.classes),
         "modalities": list(manifest.modalities),
         "multi_label": manifest.multi_label,
         "splits": {name: measure(predictions[name], rows, manifest, config) for name, rows in splits.items()},
     }
+    for name, rows in splits.items() if config.data.knows_missing else ():
+        logits = predictions[name].logits
+        metrics["splits"][name]["subsets"] = measure_subsets(model, logits, rows, manifest, config, processes, name)
     layers = {part: processes.gathered(record.summary()) for part, record in gates.items()}
     if processes.is_first:
         write_json(folder.metrics, metrics)
@@ -151,9 +154,10 @@ def predict(run: str | Path, manifest: str | Path, out: str | Path) -> None:
 
     Args:
         run: A folder written by :func:`ei.train`.
-        manifest: CSV with ``id`` and the columns of the run's modalities.
+        manifest: CSV with ``id`` and the columns of the run's modalities, whose cells may be empty if the run was
+            trained with ``allow_missing`` or ``modality_dropout``.
         out: The CSV to write; columns are id, patient, split, label (both empty), ``fused:CLASS``,
-            ``MODALITY:CLASS`` and ``weight:MODALITY``.
+            ``MODALITY:CLASS`` (empty for a modality that the row lacks) and ``weight:MODALITY``.
 
     Raises:
         ValueError: the run or the manifest cannot be used.
@@ -161,34 +165,73 @@ def predict(run: str | Path, manifest: str | Path, out: str | Path) -> None:
     if Path(out).is_dir() or Path(out).resolve() == Path(manifest).resolve():
         raise ValueError(f"out must be a file of its own, got {out}")
     model, config = load(run)
-    table = read_manifest(manifest, config.data, classes=config.data.classes, labelled=False)
+    data = replace(config.data, allow_missing=config.data.knows_missing)
+    table = read_manifest(manifest, data, classes=data.classes, labelled=False)
     processes = Processes.join(config.train.device)
     predictions = predict_rows(model.to(processes.device), table.rows, config, processes=processes)
     write_csv(Path(out), prediction_table(predictions, table.rows, table))
 
 
 def measure(predictions: Predictions, rows: Sequence[Row], manifest: Manifest, config: Config) -> dict[str, Any]:
-    """Metrics of the fused prediction and of each modality's own."""
+    """Metrics of the fused prediction, and of each modality's own on the rows that have it, if there are any."""
+    modalities = {}
+    for modality, logits in predictions.modality_logits.items():
+        where, those = _having(rows, [modality])
+        if those:
+            modalities[modality] = _measured(logits[where], those, manifest, config)
+    return {"fused": _measured(predictions.logits, rows, manifest, config), "modalities": modalities}
 
-    def of(logits: np.ndarray) -> dict[str, Any]:
-        return summarise(
-            logits,
-            np.array([row.label for row in rows]),
-            [row.patient for row in rows],
-            manifest.classes,
-            multi_label=manifest.multi_label,
-            bootstrap=config.train.bootstrap,
-            seed=config.train.seed,
-        )
 
-    return {
-        "fused": of(predictions.logits),
-        "modalities": {modality: of(logits) for modality, logits in predictions.modality_logits.items()},
-    }
+def measure_subsets(
+    model: nn.Module,
+    logits: np.ndarray,
+    rows: Sequence[Row],
+    manifest: Manifest,
+    config: Config,
+    processes: Processes,
+    split: str,
+) -> dict[str, dict[str, Any] | None]:
+    """Metrics of the fused prediction from subsets of the modalities, by names such as "cfp+oct".
+
+    Each is on the rows that have all of the subset, as if they had nothing else; None if there are no such rows.
+
+    Args:
+        logits: (N, C), the fused prediction from all that the rows have.
+    """
+    measured = {}
+    for subset in config.data.subsets:
+        where, those = _having(rows, subset)
+        values = logits[where]
+        if those and len(subset) < len(manifest.modalities):
+            given, what = [row.only(subset) for row in those], f"evaluate {split} with {' + '.join(subset)}"
+            values = predict_rows(model, given, config, processes=processes, what=what).logits
+        measured["+".join(subset)] = _measured(values, those, manifest, config) if those else None
+    return measured
+
+
+def _having(rows: Sequence[Row], modalities: Sequence[str]) -> tuple[list[int], list[Row]]:
+    """The rows that have all of these modalities, after their positions."""
+    where = [position for position, row in enumerate(rows) if row.has(modalities)]
+    return where, [rows[position] for position in where]
+
+
+def _measured(logits: np.ndarray, rows: Sequence[Row], manifest: Manifest, config: Config) -> dict[str, Any]:
+    return summarise(
+        logits,
+        np.array([row.label for row in rows]),
+        [row.patient for row in rows],
+        manifest.classes,
+        multi_label=manifest.multi_label,
+        bootstrap=config.train.bootstrap,
+        seed=config.train.seed,
+    )
 
 
 def prediction_table(predictions: Predictions, rows: Sequence[Row], manifest: Manifest) -> list[dict[str, Any]]:
-    """One dict per row, column name -> cell: probabilities, fused and per modality, and the modality weights."""
+    """One dict per row, column name -> cell: probabilities, fused and per modality, and the modality weights.
+
+    The cells of a modality that the row lacks are empty, and its weight is 0.
+    """
     logits = {"fused": predictions.logits} | predictions.modality_logits
     probs = {source: probabilities(values, manifest.multi_label) for source, values in logits.items()}
     table = []
@@ -196,7 +239,9 @@ def prediction_table(predictions: Predictions, rows: Sequence[Row], manifest: Ma
         line: dict[str, Any] = {"id": row.id, "patient": row.patient, "split": row.split}
         line["label"] = label_text(row.label, manifest.classes)
         for source, values in probs.items():
-            line |= {f"{source}:{name}": f"{p:.6f}" for name, p in zip(manifest.classes, values[index], strict=True)}
+            known = source == "fused" or row.images[source]
+            cells = [f"{p:.6f}" if known else "" for p in values[index]]
+            line |= {f"{source}:{name}": cell for name, cell in zip(manifest.classes, cells, strict=True)}
         if predictions.modality_weights is not None:
             weights = zip(manifest.modalities, predictions.modality_weights[index], strict=True)
             line |= {f"weight:{modality}": f"{weight:.6f}" for modality, weight in weights}

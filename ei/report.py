@@ -99,7 +99,8 @@ def _read_metrics(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: splits must hold at least one evaluated split")
     for split, results in metrics["splits"].items():
         _require_keys(results, ("fused", "modalities"), f"{path}, {split}")
-        for source, summary in _sources(results).items():
+        subsets = {f"'{name}'": summary for name, summary in results.get("subsets", {}).items() if summary}
+        for source, summary in {**_sources(results), **subsets}.items():
             where = f"{path}, {source} of {split}"
             _require_keys(summary, SUMMARY_KEYS, where)
             _require_keys(summary["overall"], OVERALL_KEYS, where)
@@ -232,11 +233,14 @@ def _split_view(split: str, results: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "fused": fused,
         "sources": _sources(results),
+        "subsets": results.get("subsets", {}),
         "confusion": figures.confusion(matrix, list(fused["per_class"]), split) if matrix else None,
     }
 
 
 def _curve_pictures(name: str, sources: Mapping[str, Mapping[str, Any]]) -> list[Picture]:
+    # A modality may be missing where the class has both labels.
+    sources = {source: summary for source, summary in sources.items() if name in summary["curves"]}
     curves = {source: summary["curves"][name] for source, summary in sources.items()}
     entries = {source: summary["per_class"][name] for source, summary in sources.items()}
     prevalence = entries["fused"]["positives"] / sources["fused"]["samples"]

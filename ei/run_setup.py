@@ -42,21 +42,36 @@ def resolved(config: Config, manifest: Manifest) -> Config:
     )
 
 
-def require_measurable(manifest: Manifest) -> None:
-    """Every class can be learned; and the mAP that chooses the gate prior and the best epoch exists."""
+def require_measurable(manifest: Manifest, *, alone: bool = True) -> None:
+    """Every class can be learned; and the mAP that chooses the gate prior and the best epoch exists.
+
+    Args:
+        alone: Each modality is trained alone first, so the same must be true of the rows that have it.
+    """
+    missing = manifest.missing()
+    counts = _measurable_counts(manifest, "", "is a label misspelt, or a split wrong?")
+    for modality in missing if alone else ():
+        _measurable_counts(manifest.having(modality), f" with {modality}", "add such rows, or train with --stages 2")
+    numbers = zip(manifest.classes, *counts.values(), strict=True)
+    say(f"classes, {'/'.join(SPLITS)} rows: " + ", ".join(f"{name} {a}/{b}/{c}" for name, a, b, c in numbers))
+    for modality, lacking in missing.items():
+        say(f"rows without {modality}, {'/'.join(SPLITS)}: " + "/".join(str(lacking.get(split, 0)) for split in SPLITS))
+
+
+def _measurable_counts(manifest: Manifest, which: str, way_out: str) -> dict[str, np.ndarray]:
+    """Rows of each class (C,) by split."""
     counts = {split: _positives(manifest, split).sum(0) for split in SPLITS}
     unseen = [name for name, count in zip(manifest.classes, counts["train"], strict=True) if not count]
     if unseen:
-        raise ValueError(f"no train row is of class {', '.join(unseen)}; is a label misspelt, or a split wrong?")
+        raise ValueError(f"no train row{which} is of class {', '.join(unseen)}; {way_out}")
     for split in ("train", "val"):
         rows = len(manifest.split(split))
         if rows and not any(0 < count < rows for count in counts[split]):
             raise ValueError(
-                f"the {split} rows are all alike, so no average precision can be computed on them; add {split} rows of"
-                " other classes, or leave val out altogether to train for exactly --epochs epochs"
+                f"the {split} rows{which} are all alike, so no average precision can be computed on them; add {split}"
+                " rows of other classes, or leave val out altogether to train for exactly --epochs epochs"
             )
-    numbers = zip(manifest.classes, *counts.values(), strict=True)
-    say(f"classes, {'/'.join(SPLITS)} rows: " + ", ".join(f"{name} {a}/{b}/{c}" for name, a, b, c in numbers))
+    return counts
 
 
 def resumes(folder: RunFolder, config: Config) -> bool:

@@ -78,7 +78,12 @@ def stage1_checkpoint(run: str | Path, modality: str, config: Config, trunk: dic
         raise ValueError(f"stage1_from {folder.path} cannot be used here, its stage 1 of '{modality}' is not finished")
     checkpoint = best_checkpoint(folder, modality)
     model_fields = ("backbone", "adapter", "targets", "ranks", "alphas", "bypass", "dropout")
-    different = [name for name, value in vars(config.data).items() if vars(other.data)[name] != value]
+    # Of the same table, one modality's rows are the same however missing ones are treated.
+    different = [
+        name
+        for name, value in vars(config.data).items()
+        if vars(other.data)[name] != value and name not in ("allow_missing", "modality_dropout")
+    ]
     different += [name for name in model_fields if getattr(other.model, name) != getattr(config.model, name)]
     if checkpoint.notes["manifest"] != manifest_hash(config):
         different.append("content of the manifest")

@@ -85,7 +85,7 @@ def train(config: Config, run: str | Path) -> Path:
         say(f"note: {counted(len(manifest.warnings), 'warning')} about {config.data.manifest}; 'ei check' shows all")
         say(f"  {manifest.warnings[0]}")
     config = resolved(config, manifest)
-    require_measurable(manifest)
+    require_measurable(manifest, alone=config.train.stages == "both")
     going_on = processes.first(lambda: resumes(folder, config))
     if config.train.compile != "off":
         require_compiler(processes.device)
@@ -142,7 +142,8 @@ class Stages:
             learned = read_checkpoint(folder.best)
             self.require_same_origin(learned.notes, folder)
             return learned.parameters, json.loads(folder.finished.read_text())["train mAP"]
-        alone = replace(self, config=replace(self.config, data=replace(self.config.data, modalities=(modality,))))
+        data = replace(self.config.data, modalities=(modality,))
+        alone = replace(self, config=replace(self.config, data=data), manifest=self.manifest.having(modality))
         seed_everything(self.config.train.seed)
         model = build_model(alone.config, len(self.manifest.classes), modality=modality, trunk=self.trunk)
         loop = Loop(alone, model, folder, f"stage 1, {modality}", gate_prior=None)
@@ -151,7 +152,7 @@ class Stages:
             loop.write_best(taken.parameters, taken.notes)
         else:
             loop.run()
-        score = loop.validate(self.manifest.split("train"))["mAP"]
+        score = loop.validate(alone.manifest.split("train"))["mAP"]
         self.finish(folder, {"train mAP": score})
         return trained_state(model), score
 

@@ -40,7 +40,7 @@ class ManifestDataset(Dataset[Sample]):
 
     Args:
         rows: of a manifest, all labelled or none.
-        config: modalities, images per sample, slices per volume, augmentation and size.
+        config: modalities, images per sample, slices per volume, augmentation, modality dropout and size.
         multi_label: labels are (C,) float32 of 0 and 1, instead of () int64.
         classes: names of the classes, in the order of the labels.
         train: random augmentation, random slices and files; otherwise everything is fixed.
@@ -81,6 +81,8 @@ class ManifestDataset(Dataset[Sample]):
     def __getitem__(self, draw: Draw | int) -> Sample:
         index, epoch, repeat = draw if isinstance(draw, tuple) else Draw(draw)
         row = self.rows[index]
+        if self.train and self.config.modality_dropout:
+            row = row.only(self._kept(row, epoch, repeat))
         images = {}
         # Only the CPU's generator is forked and seeded: torch.manual_seed would reset the GPU's as well, and
         # with it the dropout of a model that trains in this process.
@@ -90,8 +92,19 @@ class ManifestDataset(Dataset[Sample]):
                 images[modality] = self._images(row, modality)
         return Sample(id=row.id, images=images, label=self._label(row))
 
+    def _kept(self, row: Row, epoch: int, repeat: int) -> list[str]:
+        """The modalities that modality dropout leaves of those that the sample has."""
+        there = [modality for modality in self.config.modalities if row.images[modality]]
+        generator = torch.Generator().manual_seed(_hash(self.seed, epoch, row.id, repeat, "modality", "dropout"))
+        draws = torch.rand(len(there), generator=generator).tolist()
+        # The largest always stays: where all would go, each modality is it equally often.
+        least = min(self.config.modality_dropout, max(draws))
+        return [modality for modality, draw in zip(there, draws, strict=True) if draw >= least]
+
     def _images(self, row: Row, modality: str) -> Tensor:
         files = row.images[modality]
+        if not files:
+            return torch.empty(0, 3, self.config.image_size, self.config.image_size)
         if self.config.images == "one":
             chosen = int(torch.randint(len(files), ())) if self.train else 0
             files = files[chosen : chosen + 1]

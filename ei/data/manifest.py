@@ -8,7 +8,8 @@ Columns, in any order, others are ignored:
 ``patient``               optional, else the id; a patient may be in one split only
 the label column(s)       one of class names, or several of 0 and 1 (then a sample may have several labels)
 one column per modality   image paths relative to the CSV, '/' between folders; several in one quoted cell,
-                          separated by ';', are used in sorted order
+                          separated by ';', are used in sorted order; with ``allow_missing`` a cell may be
+                          empty, though not all of a row's
 ========================  =================================================================================
 
 What is refused is a fault; what may be meant is a warning. One image under two patients is a fault if they are in
@@ -23,9 +24,9 @@ import io
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from ei.config import DataConfig
@@ -55,7 +56,15 @@ class Row:
     label: int | tuple[int, ...] | None
     """Index into the classes; or one 0 or 1 for each of them; None without labels."""
     images: dict[str, tuple[Path, ...]]
-    """Modality -> its files, at least one, sorted."""
+    """Modality -> its files, sorted; none if the sample lacks it."""
+
+    def has(self, modalities: Collection[str]) -> bool:
+        """Whether the sample has an image of each of these modalities."""
+        return all(self.images[modality] for modality in modalities)
+
+    def only(self, modalities: Collection[str]) -> "Row":
+        """The same sample, as if it had no others than these modalities."""
+        return replace(self, images={name: files if name in modalities else () for name, files in self.images.items()})
 
 
 @dataclass(frozen=True)
@@ -78,6 +87,15 @@ class Manifest:
         if name not in SPLITS:
             raise ValueError(f"name must be one of {', '.join(SPLITS)}, got {name!r}")
         return [row for row in self.rows if row.split == name]
+
+    def having(self, modality: str) -> "Manifest":
+        """The rows that have an image of a modality."""
+        return replace(self, rows=tuple(row for row in self.rows if row.images[modality]))
+
+    def missing(self) -> dict[str, dict[str, int]]:
+        """How many rows of each split lack a modality: modality -> split -> count, without zeros."""
+        lacking = {name: Counter(row.split for row in self.rows if not row.images[name]) for name in self.modalities}
+        return {name: dict(counts) for name, counts in lacking.items() if counts}
 
 
 class ManifestError(ValueError):
@@ -137,7 +155,7 @@ def read_manifest(
     problems, warnings = _Problems(), _Problems()
     needed = _needed_columns(config, labelled)
     records = _parse(_read_text(path), needed, problems)
-    _check_filled(records, needed, problems)
+    _check_filled(records, needed, config, problems)
     _check_ids(records, problems)
     if labelled:
         _check_splits(records, problems, must_train=classes is None)
@@ -286,14 +304,21 @@ def _check_header(number: int, header: list[str], needed: list[str], problems: _
             problems.add(number, f"column {column!r} is there twice")
 
 
-def _check_filled(records: list[_Record], needed: list[str], problems: _Problems) -> None:
+def _check_filled(records: list[_Record], needed: list[str], config: DataConfig, problems: _Problems) -> None:
     for record in records:
         for column in (*needed, "patient"):
             cell = record.cells.get(column)
-            if cell == "":
+            if cell == "" and column not in config.modalities:
                 problems.add(record.number, f"{column} is empty")
             elif cell and cell.lower() in _MISSING_VALUES:
                 problems.add(record.number, f"{column} is {cell!r}, which is how tables write a missing value")
+        empty = [modality for modality in config.modalities if record.cells.get(modality) == ""]
+        if not config.allow_missing:
+            for modality in empty:
+                way_out = "a sample may lack a modality only in a run that is trained with allow_missing"
+                problems.add(record.number, f"{modality} is empty; {way_out}")
+        elif len(empty) == len(config.modalities):
+            problems.add(record.number, f"has no image at all: {', '.join(empty)} must not all be empty")
 
 
 def _check_ids(records: list[_Record], problems: _Problems) -> None:
@@ -454,19 +479,29 @@ def _objection(name: str, place: str, root: str | None) -> str:
 
 
 def _check_classes(records: list[_Record], config: DataConfig, classes: Sequence[str], warnings: _Problems) -> None:
-    """Classes that a split lacks, and names that differ in capitals or spaces only."""
+    """Classes that a split lacks, or a modality in training; and names that differ in capitals or spaces only."""
     for split in SPLITS:
         rows = [record for record in records if record["split"] == split]
-        lacking = [name for name in classes if not any(_has_class(record, config, name) for record in rows)]
+        lacking = _lacking(rows, config, classes)
         if rows and lacking:
             effect = "they cannot be learned" if split == "train" else "metrics leave them out"
             warnings.add(0, f"has no {split} row of {', '.join(lacking)}; {effect}")
+        for modality in config.modalities if split == "train" else ():
+            without = set(_lacking([record for record in rows if record[modality]], config, classes)) - set(lacking)
+            if without:
+                effect = "the first stage cannot learn them"
+                warnings.add(0, f"has no train row of {', '.join(sorted(without))} with {modality}; {effect}")
     spelt: dict[str, list[str]] = defaultdict(list)
     for name in classes:
         spelt["".join(name.casefold().split())].append(name)
     for names in spelt.values():
         if len(names) > 1:
             warnings.add(0, f"has classes whose names are nearly the same: {', '.join(map(repr, names))}")
+
+
+def _lacking(records: list[_Record], config: DataConfig, classes: Sequence[str]) -> list[str]:
+    """The classes that no row is of."""
+    return [name for name in classes if not any(_has_class(record, config, name) for record in records)]
 
 
 def _has_class(record: _Record, config: DataConfig, name: str) -> bool:

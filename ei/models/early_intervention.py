@@ -22,8 +22,8 @@ class EarlyIntervention(LateFusion):
 
         [INT]_t = (adapter_{t<-r}(cls^aux_r) for r != t),   logits_t = head_t(primary_t(images_t, [INT]_t))
 
-    which join t's own tokens before its first block; all images of t get the same ones. The rest is
-    :class:`ei.models.fusion.LateFusion`.
+    which join t's own tokens before its first block; all images of t get the same ones. A token of a reference that
+    the sample lacks is not seen. The rest is :class:`ei.models.fusion.LateFusion`.
 
     Args:
         primary: Backbone of each modality, in the order in which weights are given out.
@@ -77,16 +77,20 @@ class EarlyIntervention(LateFusion):
         )
 
     def forward(self, batch: Batch) -> Output:
-        told, aux_logits = {}, {}
+        has = batch.has_each(self.modalities)  # (B, M)
+        told, aux_logits, summaries = {}, {}, {}
         for modality in self.modalities:
             branch = self._auxiliary(modality)
             told[modality], last = branch.summaries(batch, read_from=(self.int_from, 0))  # (B, D) each
             aux_logits[modality] = branch.head(last)
-        summaries = {
-            target: self._summary(target, batch, self._tokens(target, told), tokens_at=self.int_at)
-            for target in self.modalities
-        }
-        return self._fuse(summaries, aux_logits)
+        lacking = not has.all()
+        for target in self.modalities:
+            tokens = self._tokens(target, told)  # (B, M - 1, D)
+            token_mask = self._of_references(target, has) if lacking else None
+            summaries[target] = self._primary(target).summaries(
+                batch, tokens, token_mask=token_mask, tokens_at=self.int_at
+            )[0]
+        return self._fuse(summaries, has, aux_logits)
 
     def parts(self) -> dict[str, list[nn.Module]]:
         shared = super().parts()
@@ -107,6 +111,10 @@ class EarlyIntervention(LateFusion):
         adapters = self.int_adapters[module_key(target)]
         assert isinstance(adapters, nn.ModuleDict)
         return torch.stack([adapters[module_key(r)](told[r]) for r in self._references(target)], dim=1)
+
+    def _of_references(self, target: str, has: Tensor) -> Tensor:
+        """The columns of the target's references: (B, M) -> (B, M - 1)."""
+        return has[:, [self.modalities.index(r) for r in self._references(target)]]
 
     def _references(self, target: str) -> list[str]:
         return [modality for modality in self.modalities if modality != target]

@@ -3,6 +3,7 @@
 Shapes: B batch, M modalities, D width, C classes.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -18,6 +19,8 @@ from ei.models.weights import misfit
 
 class ModalityFusion(nn.Module):
     """``logits = sum_m w_m logits_m`` with ``w = softmax(W_g [cls_1; ..; cls_M] + b_g)``.
+
+    The softmax is over the modalities that a sample has; the others weigh 0.
 
     Args:
         widths: D of each modality.
@@ -36,8 +39,13 @@ class ModalityFusion(nn.Module):
         self.detach = detach
         self.gate = nn.Linear(sum(widths), len(widths))
 
-    def forward(self, summaries: Sequence[Tensor], logits: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """M summaries (B, D) and M logits (B, C) -> logits (B, C) and weights (B, M), fp32 or wider."""
+    def forward(
+        self, summaries: Sequence[Tensor], logits: Sequence[Tensor], has: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """M summaries (B, D) and M logits (B, C) -> logits (B, C) and weights (B, M), fp32 or wider.
+
+        ``has`` (B, M) bool says which modalities a sample has, at least one; None: all.
+        """
         joined, each = (
             torch.cat(list(summaries), dim=-1),
             torch.stack(list(logits), dim=1),
@@ -45,6 +53,8 @@ class ModalityFusion(nn.Module):
         if self.detach:
             joined, each = joined.detach(), each.detach()
         scores = self.gate(joined)
+        if has is not None:
+            scores = scores.masked_fill(~has, -math.inf)
         weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
         return (weights[..., None] * each).sum(1), weights
 
@@ -54,6 +64,8 @@ class ModalityFusion(nn.Module):
 
 class LateFusion(nn.Module):
     """A ViT and a head per modality, and their predictions fused: Early Intervention without intervention.
+
+    A sample may lack modalities, though not all: they have a summary of zeros and the weight 0.
 
     Args:
         primary: Backbone of each modality, in the order in which weights are given out.
@@ -73,7 +85,8 @@ class LateFusion(nn.Module):
         self.fusion = ModalityFusion([backbone.width for backbone in primary.values()], detach=detach_fusion)
 
     def forward(self, batch: Batch) -> Output:
-        return self._fuse({modality: self._summary(modality, batch) for modality in self.modalities})
+        has = batch.has_each(self.modalities)
+        return self._fuse({name: self._primary(name).summaries(batch)[0] for name in self.modalities}, has)
 
     @torch.no_grad()
     def start_from(self, stage1: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -110,12 +123,9 @@ class LateFusion(nn.Module):
         """The branches that start from the modality's first stage."""
         return [self._primary(modality)]
 
-    def _summary(self, modality: str, batch: Batch, tokens: Tensor | None = None, *, tokens_at: int = 0) -> Tensor:
-        return self._primary(modality).summaries(batch, tokens, tokens_at=tokens_at)[0]
-
-    def _fuse(self, summaries: dict[str, Tensor], aux_logits: dict[str, Tensor] | None = None) -> Output:
+    def _fuse(self, summaries: dict[str, Tensor], has: Tensor, aux_logits: dict[str, Tensor] | None = None) -> Output:
         each = {modality: self._primary(modality).head(summary) for modality, summary in summaries.items()}
-        logits, weights = self.fusion(list(summaries.values()), list(each.values()))
+        logits, weights = self.fusion(list(summaries.values()), list(each.values()), has)
         return Output(logits=logits, modality_logits=each, aux_logits=aux_logits or {}, modality_weights=weights)
 
     def _refuse_misfits(self, stage1: Mapping[str, Mapping[str, Tensor]]) -> None:

@@ -7,7 +7,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Output:
-    """Logits of a batch, whole and by part; a part that a model does not have is empty or None."""
+    """Logits of a batch, whole and by part; a part that a model does not have is empty or None.
+
+    Where a sample lacks a modality, that modality weighs 0, and its own logits say nothing.
+    """
 
     logits: Tensor  # (B, C), the answer
     modality_logits: dict[str, Tensor] = field(default_factory=dict)  # modality -> (B, C)

@@ -5,6 +5,7 @@ Shapes: B batch, I images per modality, D width, C classes; images are (B, I, 3,
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from ei.data.sample import Batch
@@ -38,7 +39,12 @@ class UniModal(nn.Module):
         self.head = nn.Linear(backbone.width, num_classes)
 
     def forward(self, batch: Batch) -> Output:
-        """``logits`` (B, C), which are this modality's, too."""
+        """``logits`` (B, C), which are this modality's, too.
+
+        Raises:
+            ValueError: a sample has no image of this modality, so there is nothing to say about it.
+        """
+        batch.has_each([self.modality])
         (summary,) = self.summaries(batch)
         logits = self.head(summary)
         return Output(logits=logits, modality_logits={self.modality: logits})
@@ -48,46 +54,40 @@ class UniModal(nn.Module):
         batch: Batch,
         tokens: Tensor | None = None,
         *,
+        token_mask: Tensor | None = None,
         tokens_at: int = 0,
         read_from: Sequence[int] = (0,),
     ) -> list[Tensor]:
-        """(B, D) per block in ``read_from``: the mean over each sample's images.
+        """(B, D) per block in ``read_from``: the mean over each sample's images, zero for samples without any.
 
         Args:
             batch: Only images that are present pass through the ViT.
             tokens: (B, n, D), given to every image of their sample.
+            token_mask: (B, n) bool, which tokens each sample's images see; None: all.
             tokens_at, read_from: As in :meth:`ei.models.vit.Backbone.forward`.
-
-        Raises:
-            ValueError: a sample has no image of this modality.
         """
-        present = self._present(batch)
-        images = batch.images[self.modality][present]  # (N, 3, H, W)
+        present = batch.present[self.modality]
+        images, sample_of_image = batch.images[self.modality][present], present.nonzero()[:, 0]  # (N, 3, H, W), (N,)
+        count = len(images)
+        if not count and not torch.is_grad_enabled():
+            return [images.new_zeros(len(present), self.backbone.width) for _ in read_from]
+        if not count:
+            # A blank image that counts for no sample: so every parameter gets a gradient, which is zero, and in
+            # training on several processes none waits for one that never comes.
+            images, sample_of_image = images.new_zeros(1, *images.shape[1:]), sample_of_image.new_zeros(1)
         if tokens is not None:
-            sample_of_image = present.nonzero()[:, 0]  # (N,)
             tokens = tokens[sample_of_image]
-        by_image = self.backbone(images, tokens, tokens_at=tokens_at, read_from=tuple(read_from))
-        return [mean_over_images(summary, present) for summary in by_image]
+            token_mask = None if token_mask is None else token_mask[sample_of_image]
+        by_image = self.backbone(images, tokens, token_mask, tokens_at=tokens_at, read_from=tuple(read_from))
+        return [mean_over_images(summary[:count], present) for summary in by_image]
 
     def parts(self) -> dict[str, list[nn.Module]]:
         """The readable parts that parameters are counted by."""
         return {"ViT": [self.backbone], "heads": [self.head]}
 
-    def _present(self, batch: Batch) -> Tensor:
-        if self.modality not in batch.images:
-            raise ValueError(
-                f"the batch must have images of modality '{self.modality}', it has those of {list(batch.images)}"
-            )
-        present = batch.present[self.modality]
-        empty = (~present.any(1)).nonzero()[:, 0].tolist()
-        if empty:
-            names = ", ".join(batch.ids[row] if batch.ids else f"row {row}" for row in empty)
-            raise ValueError(f"every sample must have an image of modality '{self.modality}', these have none: {names}")
-        return present
-
 
 def mean_over_images(values: Tensor, present: Tensor) -> Tensor:
-    """Mean of each sample's images.
+    """Mean of each sample's images; zero for a sample without any.
 
     Args:
         values: (N, D), one row per image that is present, sample after sample.
@@ -97,10 +97,10 @@ def mean_over_images(values: Tensor, present: Tensor) -> Tensor:
         (B, D).
 
     >>> import torch
-    >>> mean_over_images(torch.tensor([[1.0], [3.0], [5.0]]), torch.tensor([[True, True], [True, False]]))
-    tensor([[2.],
-            [5.]])
+    >>> present = torch.tensor([[True, True], [True, False], [False, False]])
+    >>> mean_over_images(torch.tensor([[1.0], [3.0], [5.0]]), present).tolist()
+    [[2.0], [5.0], [0.0]]
     """
     padded = values.new_zeros(*present.shape, values.shape[-1])
     padded[present] = values
-    return padded.sum(1) / present.sum(1, keepdim=True)
+    return padded.sum(1) / present.sum(1, keepdim=True).clamp_min(1)

@@ -55,6 +55,7 @@ class Backbone(nn.Module):
         self,
         images: Tensor,
         tokens: Tensor | None = None,
+        token_mask: Tensor | None = None,
         *,
         tokens_at: int = 0,
         read_from: int | Sequence[int] = 0,
@@ -64,6 +65,8 @@ class Backbone(nn.Module):
         Args:
             images: (N, 3, image_size, image_size).
             tokens: (N, n, D), which join the image's own tokens for the rest of the way.
+            token_mask: (N, n) bool, True for those of ``tokens`` that are seen; the result is as if the others were
+                not there. None: all are.
             tokens_at: Block before which they join, from 0.
             read_from: Block after which the CLS token is read, from 1; 0 means the last. Of several blocks, it is
                 read in one pass. Blocks after the last of them do not run.
@@ -82,14 +85,17 @@ class Backbone(nn.Module):
         reads = [read or self.depth for read in wanted]
         self._check_images(images)
         if tokens is not None:
-            self._check_tokens(tokens, len(images), tokens_at, min(reads))
+            self._check_tokens(tokens, token_mask, len(images), tokens_at, min(reads))
 
         x = self._embed(self._pad(images))  # (N, T, D)
+        seen = None  # (N, T) bool, once there is a token that is not to be seen
         found: dict[int, Tensor] = {}
         for index, block in enumerate(self._blocks()[: max(reads)]):
             if tokens is not None and index == tokens_at:
+                if token_mask is not None:
+                    seen = self._insert(torch.ones_like(x[..., 0], dtype=torch.bool), token_mask)
                 x = self._insert(x, tokens)
-            x = block(x)
+            x = block(x) if seen is None else self._masked(block, x, seen)
             if index + 1 in reads:
                 found[index + 1] = self._final_norm(x[:, 0])
         return found[reads[0]] if isinstance(read_from, int) else [found[read] for read in reads]
@@ -135,9 +141,14 @@ class Backbone(nn.Module):
         if images.ndim != 4 or tuple(images.shape[1:]) != size:
             raise ValueError(f"images must be (N, {', '.join(map(str, size))}), got {tuple(images.shape)}")
 
-    def _check_tokens(self, tokens: Tensor, images: int, tokens_at: int, read_from: int) -> None:
+    def _check_tokens(
+        self, tokens: Tensor, token_mask: Tensor | None, images: int, tokens_at: int, read_from: int
+    ) -> None:
         if tokens.ndim != 3 or tokens.shape[0] != images or tokens.shape[2] != self.width:
             raise ValueError(f"tokens must be ({images}, n, {self.width}), got {tuple(tokens.shape)}")
+        if token_mask is not None and (token_mask.dtype != torch.bool or token_mask.shape != tokens.shape[:2]):
+            got = f"{tuple(token_mask.shape)} {token_mask.dtype}"
+            raise ValueError(f"token_mask must be {tuple(tokens.shape[:2])} {torch.bool}, got {got}")
         if tokens_at >= read_from:
             raise ValueError(
                 f"tokens must enter before the block after which the summary is read, but they enter"
@@ -159,6 +170,10 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def _blocks(self) -> Sequence[nn.Module]:
+        raise NotImplementedError
+
+    def _masked(self, block: Any, x: Tensor, seen: Tensor) -> Tensor:
+        """``block(x)``, in which attention sees only the tokens that are ``seen``, (N, T) bool."""
         raise NotImplementedError
 
     def _final_norm(self, x: Tensor) -> Tensor:

@@ -33,6 +33,14 @@ class OpenClipBackbone(Backbone):
     def _blocks(self) -> Sequence[nn.Module]:
         return list(self.vit.transformer.resblocks)
 
+    def _masked(self, block: Any, x: Tensor, seen: Tensor) -> Tensor:
+        if not isinstance(block.attn, nn.MultiheadAttention):
+            return block(x, attn_mask=~seen[:, None, None])
+        # The block would take a mask for each head and pair of tokens only; its attention takes one for each token.
+        y = block.ln_1(x)
+        x = x + block.ls_1(block.attn(y, y, y, key_padding_mask=~seen, need_weights=False)[0])
+        return x + block.ls_2(block.mlp(block.ln_2(x)))
+
     def _final_norm(self, x: Tensor) -> Tensor:
         return self.vit.ln_post(x)
 

@@ -35,6 +35,11 @@ class TimmBackbone(Backbone):
     def _blocks(self) -> Sequence[nn.Module]:
         return list(self.vit.blocks)
 
+    def _masked(self, block: Any, x: Tensor, seen: Tensor) -> Tensor:
+        # Added to the logits, not boolean: outside of torch's fused attention, older versions of timm only add.
+        mask = torch.zeros_like(seen, dtype=x.dtype).masked_fill(~seen, -math.inf)
+        return block(x, attn_mask=mask[:, None, None])
+
     def _final_norm(self, x: Tensor) -> Tensor:
         # timm keeps the final norm in one of the two places, the other is the identity.
         return self.vit.fc_norm(self.vit.norm(x))

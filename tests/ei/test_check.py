@@ -69,6 +69,24 @@ def test_json_of_a_good_manifest(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert [warning["row"] for warning in told["warnings"]] == [3]
 
 
+def test_missing_modalities_are_counted_where_they_are_allowed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gaps = {"r1": "r1,train,y,p1,c1.png,seen,", "r2": "r2,train,x,p2,c2.png,seen,", "r4": "r4,test,x,p4,c4.png,seen,"}
+    path = write(tmp_path, **gaps)
+    assert run(["check", str(path)]) == 1
+    assert [line.partition(";")[0] for line in capsys.readouterr().out.splitlines()[1:]] == [
+        f"  row {row}: oct is empty" for row in (3, 4, 6)
+    ]
+    assert run(["check", str(path), "--allow-missing"]) == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        f"{path} can be used: rows: train 3, test 3; modalities: cfp, oct; classes: x, y",
+        "rows without oct: 2 of 3 train, 1 of 3 test",
+    ]
+    assert run(["check", str(path), "--allow-missing", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["missing"] == {"oct": {"train": 2, "test": 1}}
+
+
 def test_training_refuses_what_the_check_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path, r5="r5,test,y,p5,c0.png,seen,o5.png")
     assert run(["check", str(path)]) == 1

@@ -1,6 +1,10 @@
+import copy
+import itertools
 import json
+from contextlib import nullcontext
 
 import pytest
+import timm
 import torch
 
 from ei.compilation import compile_backbones, require_compiler
@@ -8,6 +12,7 @@ from ei.config import Config, DataConfig, ModelConfig
 from ei.data.sample import Batch
 from ei.losses import loss_terms
 from ei.models import Backbone, build_model
+from ei.models.vit_timm import TimmBackbone
 from ei.training import train
 
 # Dynamo asks every input for its gradient, and silences what torch says to that.
@@ -59,6 +64,31 @@ def test_every_vit_becomes_one_graph_and_they_share_them(models, monkeypatch):
     # Six ViTs: with tokens and without, for the first number of images and for any number.
     assert graphs["unique_graphs"] == 4
     assert list(compiled.state_dict()) == names
+
+
+@pytest.mark.parametrize("enough", [True, False])
+def test_there_is_room_for_the_graphs_of_every_case(monkeypatch, enough):
+    """Tokens, unseen tokens, one image; a graph too many would be an error in the middle of training."""
+    if not enough:
+        monkeypatch.setattr("ei.compilation._MOST_GRAPHS", 1)
+    vit = timm.models.VisionTransformer(img_size=8, patch_size=4, embed_dim=8, depth=1, num_heads=2, num_classes=0)
+    backbone = TimmBackbone(vit, 8).requires_grad_(True)
+    plain = copy.deepcopy(backbone)
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, *, mode, **kw: compile(model, backend="eager", **kw))
+    torch._dynamo.utils.counters.clear()
+    with (
+        torch._dynamo.config.patch(recompile_limit=1),
+        nullcontext() if enough else pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit),
+    ):
+        compile_backbones(torch.nn.ModuleList([backbone]), "on")
+        for training, count in itertools.product((True, False), (4, 3, 1, 2)):
+            backbone.train(training), plain.train(training)
+            images, tokens = torch.randn(count, 3, 8, 8), torch.randn(count, 2, 8)
+            for given in ((images,), (images, tokens), (images, tokens, torch.rand(count, 2) < 0.5)):
+                with torch.set_grad_enabled(training):
+                    torch.testing.assert_close(backbone(*given), plain(*given))
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 18
 
 
 def test_a_stage_forgets_the_graphs_of_the_one_before(models, monkeypatch):

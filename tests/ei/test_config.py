@@ -85,6 +85,8 @@ def test_a_missing_file_is_named(tmp_path):
         (DataConfig, {"std": (1, 1, 0)}, "std must be three positive numbers"),
         (DataConfig, {"slices": 0}, "slices must be at least 1"),
         (DataConfig, {"crop": 0.5}, "crop must be"),
+        (DataConfig, {"modality_dropout": 1.0}, "modality_dropout must be at least 0 and less than 1, got 1.0"),
+        (DataConfig, {"modalities": ("a", "b", "a+b"), "allow_missing": True}, r"told apart when joined by '\+', got"),
         (ModelConfig, {"fusion": "early"}, "fusion must be 'ei' or 'late', got 'early'"),
         (ModelConfig, {"int_at": -1}, "int_at must be at least 0"),
         (TrainConfig, {"lr": 0}, "lr must be positive"),
@@ -96,6 +98,24 @@ def test_a_missing_file_is_named(tmp_path):
 def test_values_that_make_no_sense(kind, fields, message):
     with pytest.raises(ValueError, match=message):
         kind(**fields)
+
+
+def test_subsets_of_modalities():
+    names = ["".join(subset) for subset in DataConfig(modalities=tuple("abc")).subsets]
+    assert names == ["a", "b", "c", "ab", "ac", "bc", "abc"]
+    assert len(DataConfig(modalities=tuple("abcdef")).subsets) == 63
+    many = DataConfig(modalities=tuple("abcdefgh")).subsets
+    assert [len(subset) for subset in many] == [1] * 8 + [7] * 8 + [8]
+
+
+def test_models_know_missing_modalities_from_the_table_or_from_dropout():
+    assert [
+        DataConfig(**given).knows_missing for given in ({}, {"allow_missing": True}, {"modality_dropout": 0.1})
+    ] == [
+        False,
+        True,
+        True,
+    ]
 
 
 def test_saved_files_are_plain_yaml(tmp_path):

@@ -409,3 +409,38 @@ def test_incomplete_metrics_are_named(run: Path, place: tuple[str, ...], message
 def test_no_torch_is_imported() -> None:
     code = "import sys, ei.report; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_subsets_of_modalities_have_a_table(small: Path) -> None:
+    splits = json.loads((small / "metrics.json").read_text())["splits"]
+    write_report(small)
+    assert "subsets" not in Page(small / "report.html").sections()
+    splits["test"]["subsets"] = {"cfp": splits["test"]["modalities"]["cfp"], "oct": None, "cfp+oct": None}
+    change_metrics(small, splits=splits)
+    write_report(small)
+    page = Page(small / "report.html")
+    assert page.sections()[:2] == ["results", "subsets"]
+    of_cfp = splits["test"]["modalities"]["cfp"]["overall"]
+    assert f"cfp60{of_cfp['mAP']['value']:.3f}" in page.cells("subsets")
+    assert f"oct0{4 * DASH}cfp+oct0{4 * DASH}" in page.cells("subsets")
+
+
+def test_a_modality_may_lack_rows_and_classes_that_the_fused_prediction_has(small: Path) -> None:
+    splits = json.loads((small / "metrics.json").read_text())["splits"]
+    modalities = splits["test"]["modalities"]
+    fewer = summarise([[1.0, 0.0], [0.0, 1.0]], [0, 0], ["p", "q"], ("a", "b"), multi_label=False)
+    splits["test"]["modalities"] = {"cfp": fewer}
+    change_metrics(small, splits=splits)
+    write_report(small)
+    page = Page(small / "report.html")
+    assert "cfp (2 samples)" in page.text("results") and "oct" not in page.text("results")
+    assert modalities["oct"]["samples"] == 60
+    assert not any("cfp" in text for text in page.drawn_texts())
+
+
+def test_subsets_that_are_no_figures_are_named(small: Path) -> None:
+    splits = json.loads((small / "metrics.json").read_text())["splits"]
+    splits["test"]["subsets"] = {"cfp": {"samples": 3}}
+    change_metrics(small, splits=splits)
+    with pytest.raises(ValueError, match=r"metrics.json, 'cfp' of test lacks patients, overall"):
+        write_report(small)

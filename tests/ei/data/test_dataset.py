@@ -141,6 +141,15 @@ def test_a_volume_gives_slices(tmp_path: Path, count: int, central: list[int], i
         assert quarters == [{0, 1, 2, 3}, {4, 5, 6, 7}, {8, 9, 10, 11}, {12, 13, 14, 15, 16}]
 
 
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("images", ["mean", "one"])
+def test_a_modality_that_the_row_lacks(tmp_path: Path, images: Literal["mean", "one"], train: bool) -> None:
+    lacking = row(0, cfp=[grey(tmp_path / "a.png", 9)], oct=[])
+    sample = dataset([lacking], replace(BARE, images=images), train=train)[0]
+    assert sample.images["oct"].shape == (0, 3, 2, 2)
+    assert levels(sample, "cfp") == [9]
+
+
 def test_files_and_slices_add_up(tmp_path: Path) -> None:
     files = [volume(tmp_path / "a.npy", 17), grey(tmp_path / "b.png", 99), volume(tmp_path / "c.npy", 3)]
     sample = dataset([row(0, oct=files)], replace(BARE, modalities=("oct",)))[0]
@@ -183,11 +192,11 @@ def test_slices_lie_within_their_part_of_the_volume(count: int, wanted: int) -> 
 
 
 def loaded(
-    rows: Sequence[Row], workers: int, *, epochs: Sequence[int] = (0, 1), seed: int = 0, batch_size: int = 4
+    rows: Sequence[Row], workers: int, *, epochs: Sequence[int] = (0, 1), seed: int = 0, config: DataConfig = CONFIG
 ) -> list[Batch]:
-    sampler = StepSampler(rows, seed=seed, batch_size=batch_size, balance=True)
+    sampler = StepSampler(rows, seed=seed, batch_size=4, balance=True)
     loader: DataLoader[Sample] = DataLoader(
-        dataset(rows, CONFIG, train=True, seed=seed),
+        dataset(rows, config, train=True, seed=seed),
         batch_sampler=sampler,
         collate_fn=collate,
         num_workers=workers,
@@ -202,12 +211,15 @@ def loaded(
 
 def same(first: Batch, second: Batch) -> bool:
     return first.ids == second.ids and all(
-        torch.equal(first.images[modality], second.images[modality]) for modality in first.images
+        torch.equal(first.images[modality], second.images[modality])
+        and torch.equal(first.present[modality], second.present[modality])
+        for modality in first.images
     )
 
 
 def test_the_number_of_workers_changes_nothing_even_when_they_outlive_an_epoch(rows: list[Row]) -> None:
-    alone, shared = loaded(rows, 0), loaded(rows, 2)
+    dropping = replace(CONFIG, modality_dropout=0.5)
+    alone, shared = loaded(rows, 0, config=dropping), loaded(rows, 2, config=dropping)
     assert len(alone) == len(shared) == 4
     assert all(same(one, other) for one, other in zip(alone, shared, strict=True))
 
@@ -262,6 +274,71 @@ def test_loading_leaves_every_generator_as_it_was(rows: list[Row], monkeypatch: 
     data[0]
     assert torch.equal(before, torch.random.get_rng_state())
     assert not seeded, "a GPU's generator was seeded, which would repeat the dropout of the model"
+
+
+# Modality dropout
+
+THREE = replace(BARE, modalities=("cfp", "faf", "oct"), modality_dropout=0.4)
+
+
+@pytest.fixture
+def trios(tmp_path: Path) -> list[Row]:
+    """Two rows: the first has three modalities, the second lacks faf."""
+    photo = grey(tmp_path / "a.png", 9)
+    return [row(0, cfp=[photo], faf=[photo], oct=[photo]), row(1, cfp=[photo], faf=[], oct=[photo])]
+
+
+def kept(sample: Sample) -> str:
+    return "".join(modality[0] for modality, images in sample.images.items() if len(images))
+
+
+def test_each_modality_is_left_out_as_often_as_asked_and_never_all(trios: list[Row]) -> None:
+    data, draws = dataset(trios, THREE, train=True), 3000
+    seen = Counter(kept(data[Draw(0, epoch)]) for epoch in range(draws))
+    stay, goes = 0.6, 0.4
+    shares = {"cfo": stay**3, "cf": stay**2 * goes, "co": stay**2 * goes, "fo": stay**2 * goes}
+    shares |= dict.fromkeys("cfo", stay * goes**2 + goes**3 / 3)  # where all would go, each stays equally often
+    for modalities, share in shares.items():
+        assert abs(seen[modalities] / draws - share) < 4 * math.sqrt(share * (1 - share) / draws), modalities
+    assert set(seen) == set(shares)
+    assert {kept(data[Draw(1, epoch)]) for epoch in range(50)} == {"co", "c", "o"}
+
+
+def test_what_is_left_out_depends_on_seed_epoch_id_and_repeat(trios: list[Row]) -> None:
+    def pattern(rows: Sequence[Row] = trios, index: int = 0, repeat: int = 0, seed: int = 0) -> list[str]:
+        data = dataset(rows, THREE, train=True, seed=seed)
+        return [kept(data[Draw(index, epoch, repeat)]) for epoch in range(30)]
+
+    assert pattern() == pattern() == pattern(trios[::-1], index=1)
+    others = [pattern(repeat=1), pattern(seed=1), pattern([replace(trios[0], id="other")]), pattern()[::-1]]
+    assert pattern() not in others
+
+
+def test_what_stays_is_not_changed_by_what_is_left_out(rows: list[Row]) -> None:
+    whole, dropping = dataset(rows, CONFIG, train=True), replace(CONFIG, modality_dropout=0.5)
+    some = dataset(rows, dropping, train=True)
+    patterns = set()
+    for epoch in range(20):
+        one, other = whole[Draw(0, epoch)], some[Draw(0, epoch)]
+        patterns.add(kept(other))
+        for modality, images in other.images.items():
+            assert len(images) == 0 or torch.equal(images, one.images[modality])
+    assert patterns == {"co", "c", "o"}
+
+
+def test_nothing_is_left_out_of_evaluation_nor_of_a_modality_alone(trios: list[Row]) -> None:
+    often = replace(THREE, modality_dropout=0.99)
+    assert {kept(dataset(trios, often)[Draw(0, epoch)]) for epoch in range(20)} == {"cfo"}
+    alone = dataset(trios, replace(often, modalities=("oct",)), train=True)
+    assert {kept(alone[Draw(0, epoch)]) for epoch in range(20)} == {"o"}
+
+
+def test_left_out_images_are_not_read(tmp_path: Path, trios: list[Row]) -> None:
+    gone = replace(trios[0], images=trios[0].images | {"oct": (tmp_path / "gone.png",)})
+    data = dataset([gone], THREE, train=True)
+    patterns = [kept(dataset(trios, THREE, train=True)[Draw(0, epoch)]) for epoch in range(20)]
+    without = next(epoch for epoch, pattern in enumerate(patterns) if "o" not in pattern)
+    assert "o" not in kept(data[Draw(0, without)])
 
 
 # The order of an epoch

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from ei.intensity import Intensity
 CONFIG = DataConfig(modalities=("cfp", "oct"))
 MULTI = DataConfig(modalities=("cfp",), labels=("acl", "meniscus"))
 
+NOT_ALLOWED = "a sample may lack a modality only in a run that is trained with allow_missing"
 GOOD = """\
 id,split,label,cfp,oct
 a,train,wet,a.png,a.png
@@ -209,7 +211,7 @@ def test_a_link_within_the_folder_is_followed(folder: Path) -> None:
         pytest.param(GOOD.replace("b,train", ",train"), ["row 3: id is empty"], id="empty id"),
         pytest.param(GOOD.replace("c,test", "c,"), ["row 4: split is empty"], id="empty split"),
         pytest.param(GOOD.replace("test,dry", "test,"), ["row 4: label is empty"], id="empty label"),
-        pytest.param(GOOD.replace("c.png,d.png", ",d.png"), ["row 4: cfp is empty"], id="empty image"),
+        pytest.param(GOOD.replace("c.png,d.png", ",d.png"), [f"row 4: cfp is empty; {NOT_ALLOWED}"], id="empty image"),
         pytest.param(GOOD.replace("c.png,d.png", " ; ,d.png"), ["row 4: cfp names no file"], id="only a separator"),
         pytest.param(
             GOOD.replace("test", "Test"), ["row 4: split must be train, val or test, got 'Test'"], id="unknown split"
@@ -280,6 +282,58 @@ def test_a_flag_that_is_neither_0_nor_1(folder: Path, value: str) -> None:
 def test_an_empty_flag(folder: Path) -> None:
     text = "id,split,meniscus,acl,cfp\na,train,1,0,a.png\nb,train,,0,b.png\n"
     assert problems_of(folder, text, MULTI) == ["row 3: meniscus is empty"]
+
+
+MISSING = replace(CONFIG, allow_missing=True)
+GAPS = """\
+id,split,label,cfp,oct
+a,train,wet,a.png,
+b,train,dry,b.png,f.png
+c,test,dry,,d.png
+d,test,wet,e.png,
+"""
+
+
+def test_missing_modalities_where_they_are_allowed(folder: Path) -> None:
+    manifest = read(folder, GAPS, MISSING)
+    assert [[len(files) for files in row.images.values()] for row in manifest.rows] == [[1, 0], [1, 1], [0, 1], [1, 0]]
+    assert manifest.missing() == {"cfp": {"test": 1}, "oct": {"train": 1, "test": 1}}
+    assert [row.id for row in manifest.having("oct").rows] == ["b", "c"]
+    assert manifest.having("oct").classes == manifest.classes
+    both = manifest.rows[1]
+    assert both.has(("cfp", "oct")) and not manifest.rows[0].has(("cfp", "oct"))
+    assert both.only(["oct"]) == replace(both, images={"cfp": (), "oct": both.images["oct"]})
+    assert read(folder, GAPS, MISSING, labelled=False).missing() == {"cfp": {"": 1}, "oct": {"": 2}}
+
+
+@pytest.mark.fault("an empty cell without allow_missing", "refused by row")
+@pytest.mark.parametrize("labelled", [True, False])
+def test_missing_modalities_where_they_are_not(folder: Path, labelled: bool) -> None:
+    rows = [(2, "oct"), (4, "cfp"), (5, "oct")]
+    assert problems_of(folder, GAPS, labelled=labelled) == [
+        f"row {n}: {name} is empty; {NOT_ALLOWED}" for n, name in rows
+    ]
+
+
+@pytest.mark.fault("a row without any image", "refused by row")
+def test_a_row_without_any_image_is_always_refused(folder: Path) -> None:
+    text = GAPS.replace("c,test,dry,,d.png", "c,test,dry,,")
+    assert problems_of(folder, text, MISSING) == ["row 4: has no image at all: cfp, oct must not all be empty"]
+    alone = replace(MISSING, modalities=("oct",))
+    assert problems_of(folder, GAPS, alone) == [
+        f"row {number}: has no image at all: oct must not all be empty" for number in (2, 5)
+    ]
+
+
+@pytest.mark.parametrize("cell", [";", "nan", "NULL"])
+def test_a_missing_modality_is_an_empty_cell_and_nothing_else(folder: Path, cell: str) -> None:
+    problems = problems_of(folder, GAPS.replace("a.png,\n", f"a.png,{cell}\n"), MISSING)
+    assert problems[0].startswith(("row 2: oct names no file", "row 2: oct is '"))
+
+
+def test_a_class_that_a_modality_never_shows_is_warned_of(folder: Path) -> None:
+    warnings = [str(warning) for warning in read(folder, GAPS, MISSING).warnings]
+    assert warnings == ["file: has no train row of wet with oct; the first stage cannot learn them"]
 
 
 def test_a_patient_in_several_splits_is_reported_once_with_all_rows(folder: Path) -> None:

@@ -51,6 +51,24 @@ def test_without_labels_a_batch_has_none() -> None:
     assert batch.to("cpu").labels is None
 
 
+def test_a_modality_that_a_sample_lacks_has_no_image_that_is_real() -> None:
+    batch = collate([sample("a", oct=0, cfp=2), sample("b", oct=3, cfp=0)])
+    assert batch.present["oct"].tolist() == [[False] * 3, [True] * 3]
+    assert (batch.has("oct").tolist(), batch.has("cfp").tolist()) == ([False, True], [True, False])
+    assert batch.has_each(["cfp", "oct"]).tolist() == [[True, False], [False, True]]
+    nobody = collate([sample("a", oct=0, cfp=1), sample("b", oct=0, cfp=1)])
+    assert nobody.images["oct"].shape == (2, 1, 3, 4, 5) and not nobody.present["oct"].any()
+
+
+@pytest.mark.fault("a sample without any image reaches a model", "refused, the samples named")
+def test_a_sample_without_any_image_is_named() -> None:
+    batch = collate([sample("a", oct=0, cfp=0), sample("b", oct=1, cfp=0)])
+    with pytest.raises(ValueError, match="must have an image of modality 'cfp' or 'oct', these have none: a$"):
+        batch.has_each(["cfp", "oct"])
+    with pytest.raises(ValueError, match=r"images of modality 'mri', it has those of \['oct', 'cfp'\]"):
+        batch.has("mri")
+
+
 def test_to_moves_every_tensor_and_keeps_the_ids() -> None:
     batch = collate([sample("a", torch.tensor(1), oct=2)]).to("meta")
     assert isinstance(batch, Batch)
