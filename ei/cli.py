@@ -1,6 +1,7 @@
 """The command line. torch is imported only once a command runs, so that help comes at once."""
 
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from ei.config import Config, DataConfig, ModelConfig, Names
 from ei.data.derm7pt import Derm7pt
 from ei.data.mmc_amd import MmcAmd
 from ei.data.mrnet import MRNet
+from ei.data.phantom import Phantom
 from ei.data.prepare import Source
 from ei.data.prepare import prepare as prepare_source
 from ei.interrupts import Interrupted
@@ -25,6 +27,7 @@ Classify patients with two or more imaging modalities by Early Intervention on a
 
 commands:
   demo       train on pairs of handwritten digits and show what intervention does (no files, no network)
+  phantom    draw patients with known signs in two modalities, and write their images and manifest
   prepare    write the manifest of MMC-AMD, Derm7pt or MRNet from the folder that was downloaded
   check      look for everything that is wrong with a manifest and its images, without torch
   train      train on a manifest, both stages, and evaluate
@@ -46,6 +49,15 @@ class Demo:
     """Folder to write to; a demo that is there is replaced."""
     seed: int = 0
     """Of everything that is random."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Draw patients, fundus-like discs and OCT-like layers, whose signs are known; a cartoon for tests and trials."""
+
+    out: Path
+    """Folder to write to, new or empty."""
+    phantom: Annotated[Phantom, tyro.conf.arg(name="")] = field(default_factory=Phantom)
 
 
 Prepare = (
@@ -168,6 +180,18 @@ def demo(words: Sequence[str]) -> None:
     run_demo(command.out, seed=command.seed)
 
 
+def phantom(words: Sequence[str]) -> None:
+    command = _parse(Draw, "phantom", words)
+    from ei.data.phantom import CLASSES, MODALITIES, attainable_accuracy, write_phantom
+
+    manifest = write_phantom(command.out, command.phantom)
+    best = ", ".join(f"{view} {value:.3f}" for view, value in attainable_accuracy(command.phantom).items())
+    print(f"the best accuracy there can be: {best}")
+    print(f"wrote {manifest} and the images of {command.phantom.samples} eyes")
+    flags = ["--modalities", ",".join(MODALITIES), "--classes", ",".join(CLASSES), "--image-size"]
+    print("next:", shlex.join(["ei", "train", "--manifest", str(manifest), *flags, str(command.phantom.size)]))
+
+
 def prepare(words: Sequence[str]) -> None:
     for line in prepare_source(_parse(cast(type[Source], Prepare), "prepare", words)):
         print(line)
@@ -247,6 +271,7 @@ def _show(folder: Path) -> None:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "demo": demo,
+    "phantom": phantom,
     "prepare": prepare,
     "check": check,
     "train": train,
