@@ -147,7 +147,7 @@ def write_phantom(folder: str | Path, settings: Phantom | None = None) -> Path:
     Example:
         >>> from tempfile import TemporaryDirectory
         >>> with TemporaryDirectory() as folder:
-        ...     print(*write_phantom(folder, Phantom(samples=20, size=32)).read_text().splitlines()[:2], sep="\\n")
+        ...     print(write_phantom(folder, Phantom(samples=20, size=32)).read_text().splitlines()[0])
         id,patient,split,label,cfp,oct,cfp_sign,oct_sign
     """
     folder, settings = Path(folder), settings or Phantom()
