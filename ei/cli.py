@@ -6,12 +6,12 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, TypeVar, cast
 
 import tyro
 
 from ei import explain_missing
-from ei.config import Config, DataConfig, ModelConfig, Names
+from ei.config import Config, DataConfig, ModelConfig, Names, find_config
 from ei.data.derm7pt import Derm7pt
 from ei.data.mmc_amd import MmcAmd
 from ei.data.mrnet import MRNet
@@ -93,7 +93,9 @@ class Check:
 
 @dataclass(frozen=True)
 class Train:
-    """Train both stages and evaluate. --config FILE reads a YAML file first; flags come on top of it."""
+    """Train both stages and evaluate. --config FILE reads a YAML file first; flags come on top of it. The names
+    derm7pt-clip, derm7pt-dinov2, mmc-amd-clip, mmc-amd-dinov2, mrnet-clip and mrnet-dinov2 are those of shipped files.
+    """
 
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
     out: Path = Path("runs/latest")
@@ -122,24 +124,15 @@ class Predict:
 
 @dataclass(frozen=True)
 class Params:
-    """Count trainable parameters by part; nothing is downloaded or computed."""
+    """Count trainable parameters by part; nothing is downloaded or computed. --config FILE as for 'ei train'."""
 
     modalities: Names
     """Names of the modalities."""
     classes: int
     """Number of classes."""
-    backbone: str = ModelConfig.backbone
-    """As for 'ei train'."""
-    adapter: Literal["mor", "lora", "loramoe", "frozen", "full"] = "mor"
-    """As for 'ei train'."""
-    targets: Names = ModelConfig.targets
-    """As for 'ei train'."""
-    fusion: Literal["ei", "late"] = "ei"
-    """As for 'ei train'."""
-    bypass: bool = True
-    """As for 'ei train'."""
     image_size: int = DataConfig.image_size
     """As for 'ei train'; position embeddings depend on it, and count with --adapter full."""
+    model: Annotated[ModelConfig, tyro.conf.arg(name="")] = field(default_factory=ModelConfig)
 
 
 def run(words: Sequence[str]) -> int:
@@ -241,22 +234,22 @@ def predict(words: Sequence[str]) -> None:
 
 
 def params(words: Sequence[str]) -> None:
-    command = _parse(Params, "params", words)
-    model = ModelConfig(
-        backbone=command.backbone,
-        adapter=command.adapter,
-        targets=command.targets,
-        fusion=command.fusion,
-        bypass=command.bypass,
-        pretrained=False,
+    path, words = _take_config(list(words))
+    known = Config() if path is None else Config.load(path)
+    default = Params(
+        modalities=known.data.modalities or tyro.MISSING,
+        classes=len(known.data.classes) or (len(known.data.labels) if known.data.multi_label else tyro.MISSING),
+        image_size=known.data.image_size,
+        model=known.model,
     )
-    config = Config(data=DataConfig(modalities=command.modalities, image_size=command.image_size), model=model)
+    command = _parse(Params, "params", words, default=default)
+    data = DataConfig(modalities=command.modalities, image_size=command.image_size)
     import torch
 
     from ei.models import build_model, count_trainable
 
     with torch.device("meta"):
-        counts = count_trainable(build_model(config, command.classes))
+        counts = count_trainable(build_model(Config(data=data, model=command.model), command.classes))
     width = max(map(len, counts))
     for part, count in counts.items():
         print(f"{part:<{width}}  {count:>13,}")
@@ -290,9 +283,9 @@ def _take_config(words: list[str]) -> tuple[Path | None, list[str]]:
     """The value of --config, and the other words."""
     for index, word in enumerate(words):
         if word.startswith("--config="):
-            return Path(word.partition("=")[2]), words[:index] + words[index + 1 :]
+            return find_config(word.partition("=")[2]), words[:index] + words[index + 1 :]
         if word == "--config":
             if index + 1 == len(words):
-                raise ValueError("--config needs the name of a YAML file")
-            return Path(words[index + 1]), words[:index] + words[index + 2 :]
+                raise ValueError("--config needs the name of a YAML file, or of a configuration that is shipped")
+            return find_config(words[index + 1]), words[:index] + words[index + 2 :]
     return None, words

@@ -164,7 +164,7 @@ def write_phantom(folder: str | Path, settings: Phantom | None = None) -> Path:
             if name:
                 write(folder / name, draw(eye, modality, settings), f"{settings.seed} {name}")
             names.append(name)
-        signs = [eye.signs[modality].text(modality) for modality in MODALITIES]
+        signs = ["" if modality == eye.missing else eye.signs[modality].text(modality) for modality in MODALITIES]
         rows.append([eye.id, f"p{eye.patient:04d}", eye.split, CLASSES[eye.label], *names, *signs])
     columns = ["id", "patient", "split", "label", *MODALITIES, *(f"{modality}_sign" for modality in MODALITIES)]
     manifest = folder / "manifest.csv"

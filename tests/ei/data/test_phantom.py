@@ -287,6 +287,7 @@ def test_missing_pictures(tmp_path: Path) -> None:
     table = rows(write_phantom(tmp_path, replace(SMALL, samples=300, missing=0.4)))
     absent = Counter(tuple(modality for modality in MODALITIES if not row[modality]) for row in table)
     assert set(absent) == {(), ("cfp",), ("oct",)}
+    assert all(bool(row[modality]) == bool(row[f"{modality}_sign"]) for row in table for modality in MODALITIES)
     assert abs(absent[()] / 300 - 0.6) < 0.09
     assert abs(absent["cfp",] - absent["oct",]) < 45
     listed = {row[modality] for row in table for modality in MODALITIES} - {""}
