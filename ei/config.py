@@ -4,7 +4,7 @@ Field names are unique over all sections, so that each is one flag: ``--backbone
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_origin, get_type_hints
 
@@ -143,6 +143,13 @@ class ModelConfig:
     detach_fusion: bool = True
     """The loss of the fused prediction trains only the fusion's gate, not the ViTs."""
 
+    @property
+    def auxiliary(self) -> Self | None:
+        """Settings of the auxiliary ViTs by themselves, if they have a backbone of their own."""
+        if not self.aux_backbone:
+            return None
+        return replace(self, backbone=self.aux_backbone, weights=self.aux_weights, aux_backbone="", aux_weights="")
+
     def __post_init__(self) -> None:
         _require(self.fusion in ("ei", "late"), "fusion", "'ei' or 'late'", self.fusion)
         adapters = ("mor", "lora", "loramoe", "frozen", "full")
@@ -249,6 +256,12 @@ class Config:
     def __post_init__(self) -> None:
         if self.model.fusion == "late":
             _refuse_idle(self.train, ("aux_weight",), "fusion 'late'")
+
+    @property
+    def auxiliary(self) -> Self | None:
+        """These settings for the auxiliary ViTs by themselves, if they have a backbone of their own."""
+        model = self.model.auxiliary
+        return replace(self, model=model) if model else None
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         return {
