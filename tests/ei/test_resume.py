@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,8 +42,8 @@ class Stop(Exception):
     """Stands for a kill: nothing is caught, nothing is saved."""
 
 
-def assert_same(one: Path, other: Path) -> None:
-    for stage in STAGES:
+def assert_same(one: Path, other: Path, stages: Sequence[str] = STAGES) -> None:
+    for stage in stages:
         first, second = (read_checkpoint(run / stage / "best.safetensors") for run in (one, other))
         assert first.notes == second.notes
         assert first.parameters.keys() == second.parameters.keys()
@@ -86,6 +87,31 @@ def test_killed_at_any_step(config, tmp_path, unbroken, monkeypatch, save_minute
     assert kills > 3
     assert len(done) > 18  # some steps were taken twice
     assert_same(unbroken, tmp_path / "broken")
+
+
+@pytest.mark.fault("killed after a step", "the same weights, bit for bit")
+def test_killed_with_auxiliary_vits_of_their_own(config, tmp_path, monkeypatch):
+    config = replace(config, model=replace(config.model, aux_backbone="tiny"), train=replace(config.train, epochs=1))
+    unbroken = train(config, tmp_path / "unbroken")
+    step, done = training.train_step, []
+
+    def mortal(*args):
+        values = step(*args)
+        done.append(True)
+        if len(done) % 7 == 0:
+            raise Stop
+        return values
+
+    monkeypatch.setattr(training, "train_step", mortal)
+    kills = 0
+    while True:
+        try:
+            train(config, tmp_path / "broken")
+            break
+        except Stop:
+            kills += 1
+    assert kills >= 2
+    assert_same(unbroken, tmp_path / "broken", [*STAGES, "stage1-auxiliary/cfp", "stage1-auxiliary/oct"])
 
 
 @pytest.mark.fault("killed while validating", "the same weights, bit for bit")
