@@ -131,8 +131,9 @@ def aux_config(manifest, tmp_path, study_config):
     return replace(config, model=replace(config.model, aux_backbone="tiny", aux_weights=weights))
 
 
-def test_auxiliary_vits_have_a_stage_1_of_their_own(aux_config, tmp_path):
-    run = train(aux_config, tmp_path / "run")
+def test_auxiliary_vits_have_a_stage_1_of_their_own(aux_config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = train(replace(aux_config, model=replace(aux_config.model, aux_weights="auxiliary.safetensors")), "run")
     alone, auxiliary, both = (
         read_checkpoint(run / stage / "best.safetensors") for stage in ("stage1/oct", "stage1-auxiliary/oct", "stage2")
     )
@@ -143,6 +144,7 @@ def test_auxiliary_vits_have_a_stage_1_of_their_own(aux_config, tmp_path):
     head = "auxiliary.modality_oct.head.weight"
     torch.testing.assert_close(both.parameters[head], auxiliary.parameters["head.weight"])
     config = Config.load(run / "config.yaml")
+    assert config.model.aux_weights == str(tmp_path / "auxiliary.safetensors")
     trunks = [fingerprint(load_trunk(each)) for each in (config, config.auxiliary)]
     assert trunks[0] != trunks[1]
     assert [alone.notes["trunk"], auxiliary.notes["trunk"]] == trunks
@@ -189,7 +191,7 @@ def test_stage_1_of_auxiliary_vits_is_taken_over_where_there_is_one(aux_config, 
 
 
 def test_shared_adapters_from_training_to_prediction(manifest, tmp_path, study_config):
-    config = study_config(manifest, epochs=2)
+    config = study_config(manifest)
     run = train(replace(config, model=replace(config.model, share_adapters=True)), tmp_path / "run")
     before = (run / "predictions.csv").read_bytes()
     assert set(json.loads((run / "gates.json").read_text())) == {"primary+auxiliary/cfp", "primary+auxiliary/oct"}
