@@ -1,19 +1,21 @@
 """The command line. torch is imported only once a command runs, so that help comes at once."""
 
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, TypeVar, cast
 
 import tyro
 
 from ei import explain_missing
-from ei.config import Config, DataConfig, ModelConfig, Names
+from ei.config import Config, DataConfig, ModelConfig, Names, find_config
 from ei.data.derm7pt import Derm7pt
 from ei.data.mmc_amd import MmcAmd
 from ei.data.mrnet import MRNet
+from ei.data.phantom import Phantom
 from ei.data.prepare import Source
 from ei.data.prepare import prepare as prepare_source
 from ei.interrupts import ElsewhereError, Interrupted
@@ -26,6 +28,7 @@ Classify patients with two or more imaging modalities by Early Intervention on a
 
 commands:
   demo       train on pairs of handwritten digits and show what intervention does (no files, no network)
+  phantom    draw patients with known signs in two modalities, and write their images and manifest
   prepare    write the manifest of MMC-AMD, Derm7pt or MRNet from the folder that was downloaded
   check      look for everything that is wrong with a manifest and its images, without torch
   train      train on a manifest, both stages, and evaluate
@@ -47,6 +50,15 @@ class Demo:
     """Folder to write to; a demo that is there is replaced."""
     seed: int = 0
     """Of everything that is random."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Draw patients, fundus-like discs and OCT-like layers, whose signs are known; a cartoon for tests and trials."""
+
+    out: Path
+    """Folder to write to, new or empty."""
+    phantom: Annotated[Phantom, tyro.conf.arg(name="")] = field(default_factory=Phantom)
 
 
 Prepare = (
@@ -84,7 +96,9 @@ class Check:
 
 @dataclass(frozen=True)
 class Train:
-    """Train both stages and evaluate. --config FILE reads a YAML file first; flags come on top of it."""
+    """Train both stages and evaluate. --config FILE reads a YAML file first; flags come on top of it. The names
+    derm7pt-clip, derm7pt-dinov2, mmc-amd-clip, mmc-amd-dinov2, mrnet-clip and mrnet-dinov2 are those of shipped files.
+    """
 
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
     out: Path = Path("runs/latest")
@@ -113,24 +127,15 @@ class Predict:
 
 @dataclass(frozen=True)
 class Params:
-    """Count trainable parameters by part; nothing is downloaded or computed."""
+    """Count trainable parameters by part; nothing is downloaded or computed. --config FILE as for 'ei train'."""
 
     modalities: Names
     """Names of the modalities."""
     classes: int
     """Number of classes."""
-    backbone: str = ModelConfig.backbone
-    """As for 'ei train'."""
-    adapter: Literal["mor", "lora", "loramoe", "frozen", "full"] = "mor"
-    """As for 'ei train'."""
-    targets: Names = ModelConfig.targets
-    """As for 'ei train'."""
-    fusion: Literal["ei", "late"] = "ei"
-    """As for 'ei train'."""
-    bypass: bool = True
-    """As for 'ei train'."""
     image_size: int = DataConfig.image_size
     """As for 'ei train'; position embeddings depend on it, and count with --adapter full."""
+    model: Annotated[ModelConfig, tyro.conf.arg(name="")] = field(default_factory=ModelConfig)
 
 
 def run(words: Sequence[str]) -> int:
@@ -171,6 +176,18 @@ def demo(words: Sequence[str]) -> None:
     from ei.demo import run_demo
 
     run_demo(command.out, seed=command.seed)
+
+
+def phantom(words: Sequence[str]) -> None:
+    command = _parse(Draw, "phantom", words)
+    from ei.data.phantom import CLASSES, MODALITIES, attainable_accuracy, write_phantom
+
+    manifest = write_phantom(command.out, command.phantom)
+    best = ", ".join(f"{view} {value:.3f}" for view, value in attainable_accuracy(command.phantom).items())
+    print(f"the best accuracy there can be: {best}")
+    print(f"wrote {manifest} and the images of {command.phantom.samples} eyes")
+    flags = ["--modalities", ",".join(MODALITIES), "--classes", ",".join(CLASSES), "--image-size"]
+    print("next:", shlex.join(["ei", "train", "--manifest", str(manifest), *flags, str(command.phantom.size)]))
 
 
 def prepare(words: Sequence[str]) -> None:
@@ -222,22 +239,22 @@ def predict(words: Sequence[str]) -> None:
 
 
 def params(words: Sequence[str]) -> None:
-    command = _parse(Params, "params", words)
-    model = ModelConfig(
-        backbone=command.backbone,
-        adapter=command.adapter,
-        targets=command.targets,
-        fusion=command.fusion,
-        bypass=command.bypass,
-        pretrained=False,
+    path, words = _take_config(list(words))
+    known = Config() if path is None else Config.load(path)
+    default = Params(
+        modalities=known.data.modalities or tyro.MISSING,
+        classes=len(known.data.classes) or (len(known.data.labels) if known.data.multi_label else tyro.MISSING),
+        image_size=known.data.image_size,
+        model=known.model,
     )
-    config = Config(data=DataConfig(modalities=command.modalities, image_size=command.image_size), model=model)
+    command = _parse(Params, "params", words, default=default)
+    data = DataConfig(modalities=command.modalities, image_size=command.image_size)
     import torch
 
     from ei.models import build_model, count_trainable
 
     with torch.device("meta"):
-        counts = count_trainable(build_model(config, command.classes))
+        counts = count_trainable(build_model(Config(data=data, model=command.model), command.classes))
     width = max(map(len, counts))
     for part, count in counts.items():
         print(f"{part:<{width}}  {count:>13,}")
@@ -257,6 +274,7 @@ def _which_process() -> str:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "demo": demo,
+    "phantom": phantom,
     "prepare": prepare,
     "check": check,
     "train": train,
@@ -275,9 +293,9 @@ def _take_config(words: list[str]) -> tuple[Path | None, list[str]]:
     """The value of --config, and the other words."""
     for index, word in enumerate(words):
         if word.startswith("--config="):
-            return Path(word.partition("=")[2]), words[:index] + words[index + 1 :]
+            return find_config(word.partition("=")[2]), words[:index] + words[index + 1 :]
         if word == "--config":
             if index + 1 == len(words):
-                raise ValueError("--config needs the name of a YAML file")
-            return Path(words[index + 1]), words[:index] + words[index + 2 :]
+                raise ValueError("--config needs the name of a YAML file, or of a configuration that is shipped")
+            return find_config(words[index + 1]), words[:index] + words[index + 2 :]
     return None, words

@@ -3,8 +3,8 @@
 Field names are unique over all sections, so that each is one flag: ``--backbone tiny --epochs 5``.
 """
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_origin, get_type_hints
@@ -14,6 +14,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from ei.intensity import Intensity
 
+SHIPPED = Path(__file__).with_name("configs")
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -170,8 +171,21 @@ class ModelConfig:
     """Block of the reference ViT after which its summary is read, from 1; 0: the last."""
     int_at: int = 0
     """Block of the target ViT before which intervention tokens enter, from 0."""
+    aux_backbone: str = ""
+    """Backbone of the auxiliary ViTs, such as a smaller one; empty: that of the primary ViTs."""
+    aux_weights: str = ""
+    """A local file with its weights, as --weights."""
+    share_adapters: bool = False
+    """The auxiliary and the primary ViT of a modality have one set of adapters: one ViT in both roles."""
     detach_fusion: bool = True
     """The loss of the fused prediction trains only the fusion's gate, not the ViTs."""
+
+    @property
+    def auxiliary(self) -> Self | None:
+        """Settings of the auxiliary ViTs by themselves, if they have a backbone of their own."""
+        if not self.aux_backbone:
+            return None
+        return replace(self, backbone=self.aux_backbone, weights=self.aux_weights, aux_backbone="", aux_weights="")
 
     def __post_init__(self) -> None:
         _require(self.fusion in ("ei", "late"), "fusion", "'ei' or 'late'", self.fusion)
@@ -180,6 +194,18 @@ class ModelConfig:
         _require(self.int_hidden >= 1, "int_hidden", "at least 1", self.int_hidden)
         _require(self.int_from >= 0, "int_from", "at least 0", self.int_from)
         _require(self.int_at >= 0, "int_at", "at least 0", self.int_at)
+        own = self.share_adapters and self.aux_backbone
+        _require(not own, "share_adapters", "off with aux_backbone, whose layers are others", self.share_adapters)
+        if self.fusion == "late":
+            intervention = ("int_hidden", "int_from", "int_at", "aux_backbone", "aux_weights", "share_adapters")
+            _refuse_idle(self, intervention, "fusion 'late'")
+        # To say that there is no bypass is right of all adapters but mor, so it is allowed.
+        if self.adapter in ("frozen", "full"):
+            _refuse_idle(self, ("targets", "ranks", "alphas", "dropout"), f"adapter '{self.adapter}'")
+        if self.adapter == "frozen":
+            _refuse_idle(self, ("share_adapters",), "adapter 'frozen'")
+        if not self.aux_backbone:
+            _refuse_idle(self, ("aux_weights",), "no aux_backbone")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,6 +281,12 @@ class TrainConfig:
         _require(self.save_minutes >= 0, "save_minutes", "at least 0", self.save_minutes)
         _require(self.workers >= 0, "workers", "at least 0", self.workers)
         _require(not (self.stage1_from and self.stages == "2"), "stages", "'both' with stage1_from", self.stages)
+        if self.optimizer != "sgd":
+            _refuse_idle(self, ("momentum",), f"optimizer '{self.optimizer}'")
+        if not self.gate_weight:
+            _refuse_idle(self, ("gate_prior",), "gate_weight 0")
+        elif self.stages == "2" and not self.gate_prior:
+            _refuse_idle(self, ("gate_weight",), "stages '2' and no gate_prior")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,6 +296,16 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        if self.model.fusion == "late":
+            _refuse_idle(self.train, ("aux_weight",), "fusion 'late'")
+
+    @property
+    def auxiliary(self) -> Self | None:
+        """These settings for the auxiliary ViTs by themselves, if they have a backbone of their own."""
+        model = self.model.auxiliary
+        return replace(self, model=model) if model else None
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         return {
@@ -310,9 +352,34 @@ class Config:
             raise ValueError(f"cannot use the configuration {path}: {error}") from error
 
 
+def find_config(name: str) -> Path:
+    """The file of that path, else the shipped configuration of that name.
+
+    Raises:
+        ValueError: there is neither.
+
+    >>> Config.load(find_config("mrnet-clip")).data.image_size
+    256
+    """
+    if Path(name).is_file():
+        return Path(name)
+    shipped = {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
+    if name not in shipped:
+        names = ", ".join(shipped)
+        raise ValueError(f"cannot use the configuration {name}: there is no such file, and those shipped are {names}")
+    return shipped[name]
+
+
 def _require(condition: bool, name: str, requirement: str, value: object) -> None:
     if not condition:
         raise ValueError(f"{name} must be {requirement}, got {value!r}")
+
+
+def _refuse_idle(settings: Any, names: Sequence[str], other: str) -> None:
+    """Refuse what was set, and would change nothing: a comparison of two such runs would be one of noise."""
+    idle = [item.name for item in fields(settings) if item.name in names and vars(settings)[item.name] != item.default]
+    if idle:
+        raise ValueError(f"with {other}, {' and '.join(idle)} would change nothing; leave it out")
 
 
 def _refuse_unknown(what: str, given: Mapping[str, Any], known: Any) -> None:

@@ -270,14 +270,19 @@ def label_text(label: int | tuple[int, ...] | None, classes: Sequence[str]) -> s
 
 @contextmanager
 def recorded_gates(model: nn.Module) -> Iterator[Mapping[str, GateRecord]]:
-    """Records of all routers by the ViT they belong to, such as "primary/oct"; empty if there are none."""
+    """Records of all routers by the ViT they belong to, such as "primary/oct"; empty if there are none.
+
+    Of a ViT in both roles there is one record, "primary+auxiliary/oct".
+    """
+    roles: dict[tuple[nn.Module, str], list[str]] = {}
+    for name, branch in model.named_modules():
+        if isinstance(branch, UniModal) and _has_router(branch):
+            roles.setdefault((branch.backbone.vit, branch.modality), []).append(name.split(".")[0] or "unimodal")
     with ExitStack() as stack:
-        records = {}
-        for name, branch in model.named_modules():
-            if isinstance(branch, UniModal) and _has_router(branch):
-                role = name.split(".")[0] or "unimodal"
-                records[f"{role}/{branch.modality}"] = stack.enter_context(record_gates(branch.backbone.vit))
-        yield records
+        yield {
+            f"{'+'.join(each)}/{modality}": stack.enter_context(record_gates(vit))
+            for (vit, modality), each in roles.items()
+        }
 
 
 def _has_router(module: nn.Module) -> bool:

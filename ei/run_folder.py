@@ -63,6 +63,7 @@ class RunFolder:
     def stage2(self) -> StageFolder:
         return StageFolder(self.path / "stage2")
 
-    def stage1(self, modality: str) -> StageFolder:
+    def stage1(self, modality: str, auxiliary: bool = False) -> StageFolder:
+        """Of the primary ViT, or of an ``auxiliary`` one with a backbone of its own."""
         # A modality is a column name, and may hold what a file name may not.
-        return StageFolder(self.path / "stage1" / quote(modality, safe=" "))
+        return StageFolder(self.path / ("stage1-auxiliary" if auxiliary else "stage1") / quote(modality, safe=" "))

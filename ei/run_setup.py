@@ -32,14 +32,15 @@ def resolved(config: Config, manifest: Manifest) -> Config:
             f"class_weights must have one number for each of {', '.join(manifest.classes)}, got {len(weights)}"
         )
     data = replace(config.data, classes=manifest.classes, manifest=str(Path(config.data.manifest).resolve()))
-    backbone = str(Path(config.model.weights).resolve()) if config.model.weights else ""
-    source = str(Path(config.train.stage1_from).resolve()) if config.train.stage1_from else ""
-    return replace(
-        config,
-        data=data,
-        model=replace(config.model, weights=backbone),
-        train=replace(config.train, stage1_from=source),
+    model = replace(
+        config.model, weights=_absolute(config.model.weights), aux_weights=_absolute(config.model.aux_weights)
     )
+    train = replace(config.train, stage1_from=_absolute(config.train.stage1_from))
+    return replace(config, data=data, model=model, train=train)
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).resolve()) if path else ""
 
 
 def require_measurable(manifest: Manifest, *, alone: bool = True) -> None:

@@ -1,6 +1,7 @@
 """Trained models back from the folder of a run."""
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -33,21 +34,34 @@ def load(run: str | Path, modality: str | None = None) -> tuple[nn.Module, Confi
     """
     folder, config = open_run(run)
     trunk = load_trunk(config)
-    model = build_model(config, len(config.data.classes), modality=modality, trunk=trunk)
+    aux_trunk = load_trunk(config.auxiliary) if config.auxiliary and modality is None else None
+    model = build_model(config, len(config.data.classes), modality=modality, trunk=trunk, aux_trunk=aux_trunk)
     checkpoint = best_checkpoint(folder, modality)
+    frozen = joined(fingerprint(trunk), fingerprint(aux_trunk) if aux_trunk else {})
     # Full tuning replaces every weight of the backbone, so it does not matter from which it started.
-    if config.model.adapter != "full" and not same_weights(fingerprint(trunk), checkpoint.notes["trunk"]):
+    if config.model.adapter != "full" and not same_weights(frozen, checkpoint.notes["trunk"]):
         raise ValueError(
-            f"the frozen weights of backbone '{config.model.backbone}' are not those that {folder.path} was trained"
+            f"the frozen weights of {names_of_backbones(config)} are not those that {folder.path} was trained"
             " with; its adapters would be put on the wrong model"
         )
     restore(model, checkpoint.parameters)
     return model.eval(), config
 
 
-def best_checkpoint(folder: RunFolder, modality: str | None = None) -> Checkpoint:
+def joined(primary: Mapping[str, list[float]], auxiliary: Mapping[str, list[float]]) -> dict[str, list[float]]:
+    """The fingerprint of the frozen weights of both; of the auxiliary ones there is none if they are the same."""
+    return {**primary, **{f"auxiliary.{name}": value for name, value in auxiliary.items()}}
+
+
+def names_of_backbones(config: Config) -> str:
+    """For messages."""
+    auxiliary = f" or of the auxiliary '{config.model.aux_backbone}'" if config.model.aux_backbone else ""
+    return f"backbone '{config.model.backbone}'{auxiliary}"
+
+
+def best_checkpoint(folder: RunFolder, modality: str | None = None, *, auxiliary: bool = False) -> Checkpoint:
     """What a stage has learned, up to its best epoch; a ValueError if there is nothing yet, or it is damaged."""
-    stage = folder.stage2 if modality is None else folder.stage1(modality)
+    stage = folder.stage2 if modality is None else folder.stage1(modality, auxiliary)
     if not stage.best.is_file():
         raise ValueError(f"the run {folder.path} has no trained model yet ({stage.best} is missing)")
     return read_checkpoint(stage.best)
@@ -66,17 +80,24 @@ def open_run(run: str | Path) -> tuple[RunFolder, Config]:
     return folder, Config.load(folder.config)
 
 
-def stage1_checkpoint(run: str | Path, modality: str, config: Config, trunk: dict[str, list[float]]) -> Checkpoint:
+def stage1_checkpoint(
+    run: str | Path, modality: str, config: Config, trunk: dict[str, list[float]], *, auxiliary: bool = False
+) -> Checkpoint:
     """What another run's first stage has learned about a modality, if it may be used with ``config``.
+
+    With ``auxiliary``, that of its auxiliary ViT, whose backbone is that of ``config``.
 
     Raises:
         ValueError: that run saw other data, which could leak into the test rows, has another model, or was
             interrupted.
     """
     folder, other = open_run(run)
-    if not folder.stage1(modality).finished.is_file():
+    if auxiliary:
+        assert other.auxiliary is not None
+        other = other.auxiliary
+    if not folder.stage1(modality, auxiliary).finished.is_file():
         raise ValueError(f"stage1_from {folder.path} cannot be used here, its stage 1 of '{modality}' is not finished")
-    checkpoint = best_checkpoint(folder, modality)
+    checkpoint = best_checkpoint(folder, modality, auxiliary=auxiliary)
     model_fields = ("backbone", "adapter", "targets", "ranks", "alphas", "bypass", "dropout")
     # Of the same table, one modality's rows are the same however missing ones are treated.
     different = [

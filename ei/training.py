@@ -42,7 +42,7 @@ from ei.processes import Processes
 from ei.progress import say, track
 from ei.run_folder import RunFolder, StageFolder
 from ei.run_setup import locked, require_measurable, resolved, resumes
-from ei.runs import load_trunk, manifest_hash, stage1_checkpoint
+from ei.runs import joined, load_trunk, manifest_hash, names_of_backbones, open_run, stage1_checkpoint
 from ei.runtime import (
     environment,
     fingerprint,
@@ -99,11 +99,15 @@ def train(config: Config, run: str | Path) -> Path:
         return folder.path
     with processes.first_before_others():  # published weights are downloaded once
         trunk = load_trunk(config)
-    is_random = not config.model.weights and (config.model.backbone == "tiny" or not config.model.pretrained)
+        aux_trunk = load_trunk(config.auxiliary) if config.auxiliary else None
+    settings = [each.model for each in (config, config.auxiliary) if each]
+    is_random = any(not each.weights and (each.backbone == "tiny" or not each.pretrained) for each in settings)
     if is_random and config.model.adapter != "full":
         say("note: the backbone has random weights, and they are frozen; --weights, or --adapter full, may be meant")
     with deferred() as asked_to_stop:
         stages = Stages(config, manifest, processes, trunk, fingerprint(trunk), asked_to_stop)
+        if aux_trunk:
+            stages = stages.with_auxiliary(aux_trunk)
         taken = stages.taken_over()
         with locked(folder) if processes.is_first else nullcontext():
             if processes.is_first and not going_on:
@@ -124,17 +128,30 @@ class Stages:
     trunk: Backbone
     fingerprint: dict[str, list[float]]  # of the trunk's frozen weights, before they are held in another dtype
     asked_to_stop: Callable[[], int | None]
+    role: str = ""
+    auxiliary: "Stages | None" = None  # the first stage of auxiliary ViTs with a backbone of their own
 
-    def run(self, folder: RunFolder, taken: Mapping[str, Checkpoint]) -> None:
-        """Both stages; the stage 1 of modalities that are ``taken`` from elsewhere is not trained."""
+    def with_auxiliary(self, trunk: Backbone) -> "Stages":
+        assert self.config.auxiliary
+        theirs = replace(
+            self, config=self.config.auxiliary, trunk=trunk, fingerprint=fingerprint(trunk), role="auxiliary "
+        )
+        return replace(self, auxiliary=theirs)
+
+    def run(self, folder: RunFolder, taken: Mapping[tuple[str, bool], Checkpoint]) -> None:
+        """Both stages; a stage 1 that is ``taken`` from elsewhere is not trained."""
         settings = self.config.train
-        stage1, scores = {}, {}
+        stage1, auxiliary, scores = {}, {}, {}
         for modality in self.manifest.modalities if settings.stages == "both" else ():
-            stage1[modality], scores[modality] = self.first(modality, folder.stage1(modality), taken.get(modality))
+            where, there = folder.stage1(modality), taken.get((modality, False))
+            stage1[modality], scores[modality] = self.first(modality, where, there)
+            if self.auxiliary:
+                where, there = folder.stage1(modality, auxiliary=True), taken.get((modality, True))
+                auxiliary[modality], _ = self.auxiliary.first(modality, where, there)
         prior = settings.gate_prior or (max(scores, key=scores.__getitem__) if scores else "")
         if prior:
             say(f"gate prior: {prior}" + "".join(f"  {name} {score:.3f}" for name, score in scores.items()))
-        self.second(stage1, folder.stage2, prior)
+        self.second(stage1, auxiliary or None, folder.stage2, prior)
 
     def first(self, modality: str, folder: StageFolder, taken: Checkpoint | None) -> tuple[Mapping[str, Tensor], float]:
         """One modality alone, trained or taken over; what it has learned, and its mAP on the training rows."""
@@ -146,7 +163,7 @@ class Stages:
         alone = replace(self, config=replace(self.config, data=data), manifest=self.manifest.having(modality))
         seed_everything(self.config.train.seed)
         model = build_model(alone.config, len(self.manifest.classes), modality=modality, trunk=self.trunk)
-        loop = Loop(alone, model, folder, f"stage 1, {modality}", gate_prior=None)
+        loop = Loop(alone, model, folder, f"stage 1, {self.role}{modality}", gate_prior=None)
         if taken:
             restore(model, taken.parameters)
             loop.write_best(taken.parameters, taken.notes)
@@ -156,28 +173,49 @@ class Stages:
         self.finish(folder, {"train mAP": score})
         return trained_state(model), score
 
-    def second(self, stage1: Mapping[str, Mapping[str, Tensor]], folder: StageFolder, prior: str) -> None:
+    def second(
+        self,
+        stage1: Mapping[str, Mapping[str, Tensor]],
+        auxiliary: Mapping[str, Mapping[str, Tensor]] | None,
+        folder: StageFolder,
+        prior: str,
+    ) -> None:
         """All modalities together, from what each has learned alone (nothing: from the backbone)."""
         if self.processes.first(folder.finished.is_file):
             return
         seed_everything(self.config.train.seed)
-        model = build_model(self.config, len(self.manifest.classes), trunk=self.trunk)
+        both, aux_trunk = self, None
+        if self.auxiliary:
+            both = replace(self, fingerprint=joined(self.fingerprint, self.auxiliary.fingerprint))
+            aux_trunk = self.auxiliary.trunk
+        model = build_model(self.config, len(self.manifest.classes), trunk=self.trunk, aux_trunk=aux_trunk)
         if stage1:
             assert isinstance(model, LateFusion)
-            model.start_from(stage1)
-        Loop(self, model, folder, "stage 2", prior or None).run()
+            model.start_from(stage1, auxiliary)
+        Loop(both, model, folder, "stage 2", prior or None).run()
         self.finish(folder, {})
 
     def finish(self, folder: StageFolder, notes: Mapping[str, Any]) -> None:
         if self.processes.is_first:
             write_atomically(folder.finished, json.dumps(notes).encode())
 
-    def taken_over(self) -> dict[str, Checkpoint]:
-        """Stage 1 of another run, if the configuration names one."""
+    def taken_over(self) -> dict[tuple[str, bool], Checkpoint]:
+        """Stage 1 of another run, if the configuration names one, by modality and whether it is an auxiliary ViT's.
+
+        Auxiliary ViTs that the other run has not got, or with another backbone, are trained here.
+        """
         source = self.config.train.stage1_from
+        if not source:
+            return {}
+        roles = {False: self}
+        if self.auxiliary and open_run(source)[1].model.aux_backbone == self.config.model.aux_backbone:
+            roles[True] = self.auxiliary
         return {
-            modality: stage1_checkpoint(source, modality, self.config, self.fingerprint)
-            for modality in (self.manifest.modalities if source else ())
+            (modality, auxiliary): stage1_checkpoint(
+                source, modality, stages.config, stages.fingerprint, auxiliary=auxiliary
+            )
+            for auxiliary, stages in roles.items()
+            for modality in self.manifest.modalities
         }
 
     def origin(self) -> dict[str, Any]:
@@ -193,7 +231,7 @@ class Stages:
             )
         if self.config.model.adapter != "full" and not same_weights(notes["trunk"], self.fingerprint):
             raise ValueError(
-                f"the frozen weights of backbone '{self.config.model.backbone}' are not those that {folder.path} was"
+                f"the frozen weights of {names_of_backbones(self.config)} are not those that {folder.path} was"
                 " begun with"
             )
 

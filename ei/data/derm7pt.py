@@ -112,6 +112,7 @@ class Derm7pt(Source):
         missing = require_files(files_of(cases), str(path), self.partial)
         reasons = {case.id: self._reason_to_skip(case, missing) for case in cases}
         kept = [case for case in cases if not reasons[case.id]]
+        classes = self._classes(rows)
         return Prepared(
             cases=kept,
             skipped=[
@@ -121,8 +122,8 @@ class Derm7pt(Source):
             notes=[*finder.notes(), *_copies(kept)],
             modalities=MODALITIES,
             labels=("label",),
-            classes=self._classes(rows),
-            flags=("--image-size", "512"),
+            classes=classes,
+            flags=("--config", "derm7pt-clip", *(() if self.grouping == "five" else ("--classes", ",".join(classes)))),
         )
 
     def _reason_to_skip(self, case: Case, missing: frozenset[Path]) -> str:

@@ -95,7 +95,7 @@ class MmcAmd(Source):
             modalities=MODALITIES,
             labels=("label",),
             classes=CLASSES,
-            flags=("--images", "one", "--image-size", "448"),
+            flags=("--config", "mmc-amd-clip"),
         )
 
     def _listed(self, home: Path, folders: Mapping[str, Path]) -> Iterator["_Image"]:

@@ -83,7 +83,7 @@ class MRNet(Source):
             modalities=MODALITIES,
             labels=LABELS,
             classes=LABELS,
-            flags=("--slices", "4", "--image-size", "256"),
+            flags=("--config", "mrnet-clip"),
         )
 
     def _validation(self, exams: Sequence[str]) -> frozenset[str]:

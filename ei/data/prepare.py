@@ -63,7 +63,7 @@ class Prepared:
     classes: tuple[str, ...]
     """Names in the one label column, in order; with several columns, these."""
     flags: tuple[str, ...]
-    """What ``ei train`` needs beside the columns to do as the paper did."""
+    """What ``ei train`` needs beside the manifest to do as the paper did."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,8 @@ def prepare(source: Source) -> list[str]:
     rows = [[*_cells(case, prepared), *_image_cells(case, prepared, path.parent)] for case in prepared.cases]
     skips = [(skip.split, skip.item, skip.reason) for skip in prepared.skipped]
     _write_together({path: csv_bytes(columns, rows), skipped: csv_bytes(_SKIPPED_COLUMNS, skips)})
-    return [*_report(prepared), f"wrote {path} and {skipped}", f"next: {_train_command(prepared, path)}"]
+    command = ["ei", "train", "--manifest", str(path), *prepared.flags]
+    return [*_report(prepared), f"wrote {path} and {skipped}", f"next: {shlex.join(command)}"]
 
 
 # For the readers of the data sets
@@ -317,10 +318,3 @@ def _count(cases: Iterable[Case], name: str, prepared: Prepared) -> int:
     if len(prepared.labels) > 1:
         return sum(case.labels[name] == "1" for case in cases)
     return sum(case.labels[prepared.labels[0]] == name for case in cases)
-
-
-def _train_command(prepared: Prepared, path: Path) -> str:
-    words = ["ei", "train", "--manifest", str(path), "--modalities", ",".join(prepared.modalities)]
-    several = len(prepared.labels) > 1
-    words += ["--labels", ",".join(prepared.labels)] if several else ["--classes", ",".join(prepared.classes)]
-    return shlex.join([*words, *prepared.flags])

@@ -24,7 +24,12 @@ __all__ = [
 
 
 def build_model(
-    config: Config, num_classes: int, *, modality: str | None = None, trunk: Backbone | None = None
+    config: Config,
+    num_classes: int,
+    *,
+    modality: str | None = None,
+    trunk: Backbone | None = None,
+    aux_trunk: Backbone | None = None,
 ) -> UniModal | LateFusion:
     """The model of a configuration: of one modality alone, or of all of them with ``config.model.fusion``.
 
@@ -34,6 +39,7 @@ def build_model(
         modality: Build the :class:`UniModal` of this modality, as the first stage trains it.
         trunk: The backbone, if it is loaded already (:func:`load_backbone`); models built from the same one
             share its frozen weights. It stays as it is.
+        aux_trunk: The same for ``config.model.aux_backbone``, if there is one.
 
     Raises:
         ValueError: a setting that does not fit the backbone, the modalities or the adapter.
@@ -51,15 +57,22 @@ def build_model(
     trunk = trunk or load_backbone(config.model, config.data.image_size)
     if modality is not None:
         return UniModal(adapted(trunk, config.model), modality, num_classes)
-    return MODELS[config.model.fusion](config.model, modalities, trunk, num_classes)
+    auxiliary = config.model.auxiliary
+    if auxiliary is None:
+        aux_trunk = trunk
+    elif aux_trunk is None:
+        aux_trunk = load_backbone(auxiliary, config.data.image_size)
+    return MODELS[config.model.fusion](config.model, modalities, trunk, aux_trunk, num_classes)
 
 
 def _early_intervention(
-    config: ModelConfig, modalities: tuple[str, ...], trunk: Backbone, num_classes: int
+    config: ModelConfig, modalities: tuple[str, ...], trunk: Backbone, aux_trunk: Backbone, num_classes: int
 ) -> EarlyIntervention:
+    primary = {modality: adapted(trunk, config) for modality in modalities}
+    own = {} if config.share_adapters else {modality: adapted(aux_trunk, config) for modality in modalities}
     return EarlyIntervention(
-        primary={modality: adapted(trunk, config) for modality in modalities},
-        auxiliary={modality: adapted(trunk, config) for modality in modalities},
+        primary,
+        auxiliary=own or primary,
         num_classes=num_classes,
         int_hidden=config.int_hidden,
         int_from=config.int_from,
@@ -68,12 +81,14 @@ def _early_intervention(
     )
 
 
-def _late_fusion(config: ModelConfig, modalities: tuple[str, ...], trunk: Backbone, num_classes: int) -> LateFusion:
+def _late_fusion(
+    config: ModelConfig, modalities: tuple[str, ...], trunk: Backbone, aux_trunk: Backbone, num_classes: int
+) -> LateFusion:
     primary = {modality: adapted(trunk, config) for modality in modalities}
     return LateFusion(primary, num_classes, detach_fusion=config.detach_fusion)
 
 
-MODELS: dict[str, Callable[[ModelConfig, tuple[str, ...], Backbone, int], LateFusion]] = {
+MODELS: dict[str, Callable[[ModelConfig, tuple[str, ...], Backbone, Backbone, int], LateFusion]] = {
     "ei": _early_intervention,
     "late": _late_fusion,
 }

@@ -84,8 +84,6 @@ def adapted(trunk: Backbone, config: ModelConfig) -> Backbone:
 def _adapter_settings(config: ModelConfig) -> mor.MoRConfig | None:
     default: dict[str, tuple[int, ...]] = {"mor": (2, 4, 8), "lora": (4,), "loramoe": (4, 4, 4)}
     if config.adapter not in default:
-        if config.ranks or config.alphas:
-            raise ValueError(f"ranks and alphas must be left out with adapter '{config.adapter}', which has none")
         return None
     ranks = config.ranks or default[config.adapter]
     if config.adapter == "lora" and len(ranks) != 1:

@@ -27,7 +27,7 @@ class EarlyIntervention(LateFusion):
 
     Args:
         primary: Backbone of each modality, in the order in which weights are given out.
-        auxiliary: Backbone of each modality for its summary; may be of another width.
+        auxiliary: Backbone of each modality for its summary; may be of another width, or the primary one itself.
         num_classes: C.
         int_hidden: Hidden width of the INT adapters.
         int_from: Block of the auxiliary ViT after which its summary for the others is read, from 1; 0 means the
@@ -122,8 +122,8 @@ class EarlyIntervention(LateFusion):
     def _auxiliary(self, modality: str) -> UniModal:
         return branch_of(self.auxiliary, modality)
 
-    def _learners(self, modality: str) -> list[UniModal]:
-        return [*super()._learners(modality), self._auxiliary(modality)]
+    def _learners(self, modality: str) -> dict[str, UniModal]:
+        return {**super()._learners(modality), "auxiliary": self._auxiliary(modality)}
 
 
 def int_adapter(source: int, hidden: int, target: int) -> nn.Sequential:

@@ -89,23 +89,26 @@ class LateFusion(nn.Module):
         return self._fuse({name: self._primary(name).summaries(batch)[0] for name in self.modalities}, has)
 
     @torch.no_grad()
-    def start_from(self, stage1: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def start_from(
+        self, stage1: Mapping[str, Mapping[str, Tensor]], auxiliary: Mapping[str, Mapping[str, Tensor]] | None = None
+    ) -> None:
         """Take over what each modality's :class:`UniModal` has learned; the primary heads stay new.
 
         Args:
             stage1: Per modality, the trained parameters of its UniModal by name.
+            auxiliary: The same for the auxiliary ViTs, if their backbone is another one; else they take ``stage1``.
 
         Raises:
             ValueError: modalities, names or shapes do not fit; all differences come in one message, and
                 nothing was changed.
         """
-        self._refuse_misfits(stage1)
+        sources = {"primary": stage1, "auxiliary": stage1 if auxiliary is None else auxiliary}
+        self._refuse_misfits(sources)
         for modality in self.modalities:
-            for branch in self._learners(modality):
-                new_head = branch is self._primary(modality)
+            for role, branch in self._learners(modality).items():
                 for name, parameter in mor.trainable_parameters(branch).items():
-                    if not (new_head and name.startswith("head.")):
-                        parameter.copy_(stage1[modality][name])
+                    if not (role == "primary" and name.startswith("head.")):
+                        parameter.copy_(sources[role][modality][name])
 
     def parts(self) -> dict[str, list[nn.Module]]:
         """The readable parts that parameters are counted by."""
@@ -119,25 +122,26 @@ class LateFusion(nn.Module):
     def _primary(self, modality: str) -> UniModal:
         return branch_of(self.primary, modality)
 
-    def _learners(self, modality: str) -> list[UniModal]:
-        """The branches that start from the modality's first stage."""
-        return [self._primary(modality)]
+    def _learners(self, modality: str) -> dict[str, UniModal]:
+        """The branches that start from the modality's first stage, by their role."""
+        return {"primary": self._primary(modality)}
 
     def _fuse(self, summaries: dict[str, Tensor], has: Tensor, aux_logits: dict[str, Tensor] | None = None) -> Output:
         each = {modality: self._primary(modality).head(summary) for modality, summary in summaries.items()}
         logits, weights = self.fusion(list(summaries.values()), list(each.values()), has)
         return Output(logits=logits, modality_logits=each, aux_logits=aux_logits or {}, modality_weights=weights)
 
-    def _refuse_misfits(self, stage1: Mapping[str, Mapping[str, Tensor]]) -> None:
-        if set(stage1) != set(self.modalities):
-            raise ValueError(
-                f"stage 1 must be given for the modalities {list(self.modalities)}, got it for {list(stage1)}"
-            )
+    def _refuse_misfits(self, sources: Mapping[str, Mapping[str, Mapping[str, Tensor]]]) -> None:
+        for stage1 in sources.values():
+            if set(stage1) != set(self.modalities):
+                raise ValueError(
+                    f"stage 1 must be given for the modalities {list(self.modalities)}, got it for {list(stage1)}"
+                )
         problems = {
             modality: problem
             for modality in self.modalities
-            for branch in self._learners(modality)
-            if (problem := misfit(mor.trainable_parameters(branch), stage1[modality]))
+            for role, branch in self._learners(modality).items()
+            if (problem := misfit(mor.trainable_parameters(branch), sources[role][modality]))
         }
         if problems:
             listed = "; ".join(f"of '{modality}': {problem}" for modality, problem in problems.items())

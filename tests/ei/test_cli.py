@@ -17,7 +17,10 @@ def test_help_comes_at_once():
         started = time.perf_counter()
         output = subprocess.run([*EI, "--help"], capture_output=True, text=True, check=True).stdout
         times.append(time.perf_counter() - started)
-    assert all(command in output for command in ("demo", "prepare", "check", "train", "evaluate", "predict", "params"))
+    assert all(
+        command in output
+        for command in ("demo", "phantom", "prepare", "check", "train", "evaluate", "predict", "params")
+    )
     assert min(times) < 1
 
 
@@ -34,10 +37,10 @@ def test_version(capsys):
 
 def test_unknown_command(capsys):
     assert run(["tarin"]) == 2
-    assert "there is no command 'tarin'; there are demo, prepare, check, train" in capsys.readouterr().err
+    assert "there is no command 'tarin'; there are demo, phantom, prepare, check, train" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["demo", "prepare", "check", "train", "evaluate", "predict", "params"])
+@pytest.mark.parametrize("command", ["demo", "phantom", "prepare", "check", "train", "evaluate", "predict", "params"])
 def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         run([command, "--help"])

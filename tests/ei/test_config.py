@@ -1,7 +1,8 @@
 import pytest
 import yaml
 
-from ei.config import Config, DataConfig, ModelConfig, TrainConfig
+from ei.config import SHIPPED, Config, DataConfig, ModelConfig, TrainConfig, find_config
+from ei.data import derm7pt, mmc_amd, mrnet
 
 
 def test_yaml_round_trip(tmp_path):
@@ -20,6 +21,96 @@ def test_defaults_are_the_papers():
     assert (train.lr_low, train.lr, train.cycle_epochs, train.cycle_decay) == (1e-5, 1e-3, 4, 0.8)
     assert (train.epochs, train.patience, train.aux_weight, train.gate_weight) == (200, 10, 0.3, 0.1)
     assert (model.adapter, model.targets, model.int_hidden, model.detach_fusion) == ("mor", ("fc",), 384, True)
+
+
+NAMES = [f"{data}-{backbone}" for data in ("derm7pt", "mmc-amd", "mrnet") for backbone in ("clip", "dinov2")]
+
+
+@pytest.mark.parametrize(
+    ("data", "modalities", "classes", "size"),
+    [
+        (mmc_amd, mmc_amd.MODALITIES, {"classes": mmc_amd.CLASSES, "images": "one"}, 448),
+        (derm7pt, derm7pt.MODALITIES, {"classes": tuple(derm7pt.GROUPS)}, 512),
+        (mrnet, mrnet.MODALITIES, {"labels": mrnet.LABELS}, 256),
+    ],
+)
+def test_shipped_configurations_are_the_papers(data, modalities, classes, size):
+    name = data.__name__.rpartition(".")[2].replace("_", "-")
+    clip, dinov2 = (Config.load(find_config(f"{name}-{backbone}")) for backbone in ("clip", "dinov2"))
+    # DINOv2 with registers; the default backbone is CLIP, and the default of slices, 4, is the paper's.
+    expected = DataConfig(modalities=modalities, image_size=size, balance="oversample", **classes)
+    assert clip == Config(data=expected)
+    assert dinov2 == Config(data=expected, model=ModelConfig(backbone="vit_base_patch14_reg4_dinov2.lvd142m"))
+
+
+def test_shipped_configurations_say_only_what_differs_from_the_defaults():
+    assert [path.stem for path in sorted(SHIPPED.iterdir())] == NAMES
+    defaults = Config().to_dict()
+    for name in NAMES:
+        for section, values in yaml.safe_load(find_config(name).read_text()).items():
+            assert values and all(value != defaults[section][field] for field, value in values.items())
+
+
+def test_a_file_comes_before_a_shipped_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mrnet-clip").mkdir()
+    assert find_config("mrnet-clip") == SHIPPED / "mrnet-clip.yaml"
+    (tmp_path / "mrnet-clip").rmdir()
+    (tmp_path / "mrnet-clip").write_text("train: {epochs: 3}")
+    assert Config.load(find_config("mrnet-clip")).train.epochs == 3
+    with pytest.raises(
+        ValueError, match=f"configuration mmc: there is no such file, .* shipped are {', '.join(NAMES)}$"
+    ):
+        find_config("mmc")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"model": {"fusion": "late", "int_from": 3}},
+            "with fusion 'late', int_from would change nothing; leave it out",
+        ),
+        ({"model": {"fusion": "late", "int_at": 1, "int_hidden": 8}}, "int_hidden and int_at would change nothing"),
+        (
+            {"model": {"fusion": "late", "aux_backbone": "tiny"}},
+            "with fusion 'late', aux_backbone would change nothing",
+        ),
+        ({"model": {"fusion": "late", "share_adapters": True}}, "with fusion 'late', share_adapters would"),
+        ({"model": {"fusion": "late"}, "train": {"aux_weight": 1}}, "with fusion 'late', aux_weight would"),
+        ({"model": {"adapter": "frozen", "ranks": [4]}}, "with adapter 'frozen', ranks would change nothing"),
+        ({"model": {"adapter": "full", "alphas": [4]}}, "with adapter 'full', alphas would change nothing"),
+        (
+            {"model": {"adapter": "full", "targets": ["qkv"], "dropout": 0.1}},
+            "targets and dropout would change nothing",
+        ),
+        ({"model": {"adapter": "frozen", "share_adapters": True}}, "with adapter 'frozen', share_adapters would"),
+        ({"model": {"aux_weights": "a.pth"}}, "with no aux_backbone, aux_weights would change nothing"),
+        ({"model": {"aux_backbone": "tiny", "share_adapters": True}}, "share_adapters must be off with aux_backbone"),
+        ({"train": {"optimizer": "adamw", "momentum": 0.9}}, "with optimizer 'adamw', momentum would change nothing"),
+        ({"train": {"gate_weight": 0, "gate_prior": "oct"}}, "with gate_weight 0, gate_prior would change nothing"),
+        ({"train": {"gate_weight": 0.2, "stages": "2"}}, "with stages '2' and no gate_prior, gate_weight would"),
+    ],
+)
+def test_settings_that_would_change_nothing_are_refused(tmp_path, settings, message):
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises(ValueError, match=message):
+        Config.load(tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"model": {"fusion": "late"}},
+        {"model": {"adapter": "lora", "bypass": False}},
+        {"model": {"adapter": "full", "share_adapters": True}},
+        {"train": {"gate_weight": 0, "stages": "2"}},
+        {"train": {"gate_weight": 0.2, "stages": "2", "gate_prior": "oct"}},
+        {"train": {"optimizer": "adamw"}},
+    ],
+)
+def test_what_is_not_idle_is_allowed(settings):
+    Config.from_dict(settings)
 
 
 def test_every_field_is_one_flag():

@@ -90,6 +90,42 @@ def test_killed_at_any_step(config, tmp_path, unbroken, monkeypatch, save_minute
     assert_same(unbroken, tmp_path / "broken")
 
 
+@pytest.mark.fault("killed after a step", "the same weights, bit for bit")
+def test_killed_with_auxiliary_vits_of_their_own(config, manifest, tmp_path, monkeypatch):
+    """In any of their first stages, or in the second; without rows to evaluate on."""
+    lines = [line for line in manifest.read_text().splitlines() if ",val," not in line and ",test," not in line]
+    manifest.write_text("\n".join(lines))
+    config = replace(
+        config,
+        data=replace(config.data, manifest=str(manifest)),
+        model=replace(config.model, aux_backbone="tiny"),
+        train=replace(config.train, epochs=1),
+    )
+    unbroken = train(config, tmp_path / "unbroken")
+    step, done = training.train_step, []
+
+    def mortal(*args):
+        values = step(*args)
+        done.append(True)
+        if len(done) % 4 == 0:
+            raise Stop
+        return values
+
+    monkeypatch.setattr(training, "train_step", mortal)
+    kills = 0
+    while True:
+        try:
+            train(config, tmp_path / "broken")
+            break
+        except Stop:
+            kills += 1
+    assert kills >= 4
+    for stage in (*STAGES, "stage1-auxiliary/cfp", "stage1-auxiliary/oct"):
+        ours, theirs = (read_checkpoint(run / stage / "best.safetensors") for run in (tmp_path / "broken", unbroken))
+        assert ours.notes == theirs.notes
+        assert all(torch.equal(ours.parameters[name], tensor) for name, tensor in theirs.parameters.items())
+
+
 @pytest.mark.fault("killed while validating", "the same weights, bit for bit")
 def test_killed_while_validating(config, tmp_path, unbroken, monkeypatch):
     """When all steps of the epoch are done and saved."""

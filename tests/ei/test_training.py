@@ -6,13 +6,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 
 from ei.checkpoint import read_checkpoint
-from ei.config import Config, TrainConfig
+from ei.config import Config, ModelConfig, TrainConfig
 from ei.data.manifest import ManifestError
+from ei.evaluation import evaluate
+from ei.models import load_backbone
 from ei.optimisation import TrainingError, cyclic_learning_rate, make_optimizer
-from ei.runs import load_trunk
+from ei.runs import load, load_trunk
 from ei.runtime import fingerprint
 from ei.snapshots import Snapshot, newest_snapshot
 from ei.training import train
@@ -112,6 +115,91 @@ def test_stage_1_that_was_interrupted_is_refused(finished, tmp_path):
     changed = replace(config, train=replace(config.train, stage1_from=str(tmp_path / "interrupted")))
     with pytest.raises(ValueError, match="its stage 1 of 'oct' is not finished"):
         train(changed, tmp_path / "run")
+
+
+def write_weights(path, seed):
+    """A tiny ViT of its own, as a file of weights."""
+    torch.manual_seed(seed)
+    save_file(load_backbone(ModelConfig(backbone="tiny"), 8).vit.state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def aux_config(manifest, tmp_path, study_config):
+    """Auxiliary ViTs of other frozen weights than the primary ones; steps of next to nothing, nothing to evaluate."""
+    config = study_config(without_rows(manifest, "val", "test"), lr=1e-12, lr_low=1e-12, weight_decay=0.0)
+    weights = str(write_weights(tmp_path / "auxiliary.safetensors", 5))
+    return replace(config, model=replace(config.model, aux_backbone="tiny", aux_weights=weights))
+
+
+def test_auxiliary_vits_have_a_stage_1_of_their_own(aux_config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = train(replace(aux_config, model=replace(aux_config.model, aux_weights="auxiliary.safetensors")), "run")
+    alone, auxiliary, both = (
+        read_checkpoint(run / stage / "best.safetensors") for stage in ("stage1/oct", "stage1-auxiliary/oct", "stage2")
+    )
+    name = "vit.blocks.0.mlp.fc1.mor_A"
+    for role, learned in (("primary", alone), ("auxiliary", auxiliary)):
+        expected = learned.parameters[f"backbone.{name}"]
+        torch.testing.assert_close(both.parameters[f"{role}.modality_oct.backbone.{name}"], expected)
+    head = "auxiliary.modality_oct.head.weight"
+    torch.testing.assert_close(both.parameters[head], auxiliary.parameters["head.weight"])
+    config = Config.load(run / "config.yaml")
+    assert config.model.aux_weights == str(tmp_path / "auxiliary.safetensors")
+    trunks = [fingerprint(load_trunk(each)) for each in (config, config.auxiliary)]
+    assert trunks[0] != trunks[1]
+    assert [alone.notes["trunk"], auxiliary.notes["trunk"]] == trunks
+    assert both.notes["trunk"] == trunks[0] | {f"auxiliary.{key}": value for key, value in trunks[1].items()}
+
+
+@pytest.mark.fault("other frozen weights", "refused")
+def test_other_frozen_weights_of_the_auxiliary_vits_are_refused(aux_config, tmp_path, monkeypatch):
+    """Where they differ, the adapters would be put on the wrong model."""
+    run = train(aux_config, tmp_path / "run")
+    load(run)
+    before = (run / "stage2/best.safetensors").read_bytes()
+    (run / "stage2/finished").unlink()
+    write_weights(tmp_path / "auxiliary.safetensors", 6)
+    for go_on in (lambda: load(run), lambda: train(aux_config, run)):
+        with pytest.raises(ValueError, match="frozen weights of backbone 'tiny'.* are not those that"):
+            go_on()
+    assert (run / "stage2/best.safetensors").read_bytes() == before
+    load(run, "oct")
+    # Also when stage 1 was finished with the right ones.
+    with pytest.raises(ValueError, match="frozen weights of backbone 'tiny' or of the auxiliary 'tiny' are not those"):
+        load(run)
+
+
+def test_stage_1_of_auxiliary_vits_is_taken_over_where_there_is_one(aux_config, tmp_path, manifest, study_config):
+    def taking(source, config=aux_config):
+        return replace(config, train=replace(config.train, stage1_from=str(source)))
+
+    with_it, without = train(aux_config, tmp_path / "with"), train(study_config(manifest), tmp_path / "without")
+    for source, trained in ((with_it, False), (without, True)):
+        run = train(taking(source), tmp_path / f"from {source.name}")
+        assert not (run / "stage1/oct/metrics.jsonl").exists()
+        assert (run / "stage1-auxiliary/oct/metrics.jsonl").exists() == trained
+        ours, theirs = (read_checkpoint(r / "stage1-auxiliary/oct/best.safetensors").parameters for r in (run, with_it))
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    write_weights(tmp_path / "auxiliary.safetensors", 6)
+    with pytest.raises(ValueError, match="its weights of the backbone differ"):
+        train(taking(with_it), tmp_path / "refused")
+    (with_it / "stage1-auxiliary/oct/finished").unlink()
+    with pytest.raises(ValueError, match="its stage 1 of 'oct' is not finished"):
+        write_weights(tmp_path / "auxiliary.safetensors", 5)
+        train(taking(with_it), tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+
+
+def test_shared_adapters_from_training_to_prediction(manifest, tmp_path, study_config):
+    config = study_config(manifest)
+    run = train(replace(config, model=replace(config.model, share_adapters=True)), tmp_path / "run")
+    before = (run / "predictions.csv").read_bytes()
+    assert set(json.loads((run / "gates.json").read_text())) == {"primary+auxiliary/cfp", "primary+auxiliary/oct"}
+    parameters = read_checkpoint(run / "stage2/best.safetensors").parameters
+    assert sum(tensor.numel() for tensor in parameters.values()) == 2 * 40_992 + adapters_and_heads()
+    evaluate(run)
+    assert (run / "predictions.csv").read_bytes() == before
 
 
 def test_the_gate_prior_is_the_best_modality_on_the_training_rows(manifest, tmp_path, study_config, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from ei.cli import run
-from ei.config import DataConfig
+from ei.config import Config, DataConfig, find_config
 from ei.data.derm7pt import COLUMNS, GROUPS, RELEASED, Derm7pt
 from ei.data.manifest import read_manifest
 from ei.data.prepare import prepare
@@ -107,16 +107,15 @@ def test_indexes_are_rows_from_0_and_cases_count_from_1(home: Path) -> None:
 
 def test_sk_comes_before_misc(home: Path) -> None:
     """As in the paper; the data set's own code has MISC first."""
-    command = shlex.split(prepare(Derm7pt(home, partial=True))[-1])
-    classes = tuple(command[command.index("--classes") + 1].split(","))
-    manifest = read_manifest(home / "manifest.csv", DataConfig(modalities=("clinic", "derm"), classes=classes))
+    assert prepare(Derm7pt(home, partial=True))[-1].endswith(" --config derm7pt-clip")
+    manifest = read_manifest(home / "manifest.csv", Config.load(find_config("derm7pt-clip")).data)
     labels = {row.id: row.label for row in manifest.rows}
     assert (labels["1"], labels["2"], labels["4"], labels["10"], labels["11"]) == (0, 1, 2, 3, 4)
 
 
 def test_groupings(home: Path) -> None:
     lines = prepare(Derm7pt(home, partial=True, grouping="melanoma"))
-    assert "--classes other,MEL" in lines[-1]
+    assert lines[-1].endswith(" --config derm7pt-clip --classes other,MEL")
     assert [row["label"] for row in table(home / "manifest.csv")] == ["other"] * 3 + ["MEL"] * 6 + ["other"] * 3
     lines = prepare(Derm7pt(home, partial=True, grouping="diagnosis"))
     assert [row["label"] for row in table(home / "manifest.csv")] == [diagnosis for diagnosis, *_ in CASES]
@@ -226,10 +225,11 @@ def test_a_fault(home: Path, spoil: Callable[[Path], object], message: str) -> N
 
 
 def test_a_run_on_it(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """By the command that ei prepare prints, with a small backbone."""
+    """By the command that ei prepare prints, with the shipped configuration that it names, and a small backbone."""
     assert run(["prepare", "derm7pt", str(home), "--partial"]) == 0
     command = shlex.split(capsys.readouterr().out.splitlines()[-1].removeprefix("next: ei "))
-    small = "--backbone tiny --image-size 16 --epochs 1 --stages 2 --bootstrap 0 --device cpu --out"
+    assert command[-2:] == ["--config", "derm7pt-clip"]
+    small = "--backbone tiny --image-size 32 --epochs 1 --stages 2 --bootstrap 0 --device cpu --out"
     assert run([*command, *small.split(), str(tmp_path / "run")]) == 0
     rows = table(tmp_path / "run" / "predictions.csv")
     assert [name for name in rows[0] if name.startswith("fused:")] == [f"fused:{name}" for name in GROUPS]

@@ -270,10 +270,11 @@ def test_an_eye_or_a_patient_in_two_splits(tmp_path: Path) -> None:
 
 
 def test_a_run_on_it(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """By the command that ei prepare prints, with a small backbone."""
+    """By the command that ei prepare prints, with the shipped configuration that it names, and a small backbone."""
     assert run(["prepare", "mmc-amd", str(home), "--out", str(home / "manifest.csv"), "--partial"]) == 0
     command = shlex.split(capsys.readouterr().out.splitlines()[-1].removeprefix("next: ei "))
-    small = "--backbone tiny --image-size 16 --epochs 1 --stages 2 --bootstrap 0 --device cpu --out"
+    assert command[-2:] == ["--config", "mmc-amd-clip"]
+    small = "--backbone tiny --image-size 32 --epochs 1 --stages 2 --bootstrap 0 --device cpu --out"
     assert run([*command, *small.split(), str(tmp_path / "run")]) == 0
     rows = table(tmp_path / "run" / "predictions.csv")
     assert len(rows) == 8 and [name for name in rows[0] if name.startswith("fused:")] == [f"fused:{c}" for c in CLASSES]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ei.cli import run
-from ei.config import DataConfig
+from ei.config import Config, find_config
 from ei.data.manifest import read_manifest
 from ei.data.mrnet import HELD_OUT, MRNet
 from ei.data.prepare import prepare
@@ -84,9 +84,8 @@ def test_exams_labels_and_splits(home: Path) -> None:
 
 def test_label_order_is_abnormal_meniscus_acl(tmp_path: Path) -> None:
     home = write_release(tmp_path)
-    command = shlex.split(prepare(MRNet(home, partial=True))[-1])
-    labels = tuple(command[command.index("--labels") + 1].split(","))
-    manifest = read_manifest(home / "manifest.csv", DataConfig(modalities=tuple(PLANES), labels=labels))
+    assert prepare(MRNet(home, partial=True))[-1].endswith(" --config mrnet-clip")
+    manifest = read_manifest(home / "manifest.csv", Config.load(find_config("mrnet-clip")).data)
     assert {row.id: row.label for row in manifest.split("train")} == {
         "0001": (1, 1, 1),
         "0002": (0, 0, 0),
@@ -203,11 +202,12 @@ def test_an_exam_in_train_and_valid(tmp_path: Path) -> None:
 
 
 def test_a_run_on_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """By the command that ei prepare prints, with a small backbone."""
+    """By the command that ei prepare prints, with the shipped configuration that it names, and a small backbone."""
     home = write_release(tmp_path, EXAMS | {"train": EXAMS["train"] | {"0011": "111", "0017": "000"}})
     assert run(["prepare", "mrnet", str(home), "--partial"]) == 0
     command = shlex.split(capsys.readouterr().out.splitlines()[-1].removeprefix("next: ei "))
-    small = "--backbone tiny --image-size 16 --epochs 1 --stages 2 --bootstrap 0 --device cpu --out"
+    assert command[-2:] == ["--config", "mrnet-clip"]
+    small = "--backbone tiny --image-size 32 --epochs 1 --stages 2 --bootstrap 0 --device cpu --out"
     assert run([*command, *small.split(), str(tmp_path / "run")]) == 0
     rows = table(tmp_path / "run" / "predictions.csv")
     assert [name for name in rows[0] if name.startswith("fused:")] == ["fused:abnormal", "fused:meniscus", "fused:acl"]

@@ -33,7 +33,7 @@ class Made(Source):
             Case(f"-c{number}", f"p{number}", split, {"label": label}, {"oct": (self.root / FOLDER / name,)})
             for number, (name, split, label) in enumerate(zip(self.names, self.splits, ("dry", "wet"), strict=True))
         ]
-        return Prepared(cases, self.skipped, (), ("oct",), ("label",), ("wet", "dry"), ("--slices", "2"))
+        return Prepared(cases, self.skipped, (), ("oct",), ("label",), ("wet", "dry"), ("--classes", "wet,dry"))
 
 
 def table(path: Path) -> list[list[str]]:
@@ -59,7 +59,7 @@ def test_paths_are_relative_to_the_manifest_wherever_it_lies(root: Path, monkeyp
         assert [row.images["oct"][0].resolve().name for row in manifest.rows] == ["a.png", "b.png"]
         assert [row.label for row in manifest.rows] == [1, 0]
     assert "\n'-c0,p0,train,dry,set/images/a.png\n" in Path("here.csv").read_text()
-    assert command[:2] == ["next:", "ei"] and command[-2:] == ["--slices", "2"]
+    assert command[:4] == ["next:", "ei", "train", "--manifest"]
 
 
 def test_no_cell_of_either_file_is_a_formula(root: Path) -> None:

@@ -197,8 +197,6 @@ def test_alphas_dropout_and_targets_are_passed_on(trunk: Backbone) -> None:
         ({"adapter": "lora", "ranks": (2, 4)}, "ranks must be a single rank with adapter 'lora', got"),
         ({"adapter": "loramoe", "ranks": (4,)}, "two or more equal ones with adapter 'loramoe'"),
         ({"adapter": "loramoe", "ranks": (4, 8)}, "two or more equal ones with adapter 'loramoe'"),
-        ({"adapter": "frozen", "ranks": (4,)}, "must be left out with adapter 'frozen'"),
-        ({"adapter": "full", "alphas": (4.0,)}, "must be left out with adapter 'full'"),
         ({"adapter": "mor", "alphas": (4.0,)}, "one value per rank"),
         ({"targets": ("nonsense",)}, "target 'nonsense' matches no"),
     ],

@@ -214,6 +214,65 @@ def UniModalOf(model: EarlyIntervention, config, name: str):
     return alone
 
 
+def test_shared_adapters_are_one_vit_in_both_roles(make_config, make_batch, wake, gradient_of) -> None:
+    """What the auxiliary pass says is what the primary ViT would say without tokens; both roles teach it."""
+    model = build_model(make_config(share_adapters=True), 4)
+    wake(model)
+    batch = make_batch(cfp=(1, 1), oct=(1, 1))
+    output = model(batch)
+    for name in ("cfp", "oct"):
+        primary, auxiliary = of(model, "primary", name), of(model, "auxiliary", name)
+        assert primary.backbone is auxiliary.backbone and primary.head is not auxiliary.head
+        expected = auxiliary.head(primary.backbone(batch.images[name][:, 0]))
+        torch.testing.assert_close(output.aux_logits[name], expected)
+        for logits in (output.aux_logits[name], output.modality_logits[name]):
+            assert gradient_of(logits.square().sum(), primary.backbone) > 0
+    assert of(model, "primary", "cfp").backbone is not of(model, "primary", "oct").backbone
+    own = build_model(make_config(), 4)
+    assert not {id(item) for item in own.auxiliary.parameters() if item.requires_grad} & {
+        id(item) for item in own.primary.parameters()
+    }
+
+
+def test_shared_adapters_start_from_stage_1(make_config, make_batch, wake) -> None:
+    config, batch = make_config(share_adapters=True), make_batch()
+    model = build_model(config, 4)
+    alone = {name: UniModalOf(model, config, name) for name in config.data.modalities}
+    for each in alone.values():
+        wake(each)
+    model.start_from({name: mor.trainable_parameters(each) for name, each in alone.items()})
+    output = model(batch)
+    assert all(torch.equal(output.aux_logits[name], each(batch).logits) for name, each in alone.items())
+
+
+def test_auxiliary_vits_of_their_own_start_from_a_stage_1_of_their_own(make_config, make_batch, wake) -> None:
+    config, batch = make_config(aux_backbone="vit_tiny_patch16_224", pretrained=False), make_batch()
+    trunk, aux_trunk = load_backbone(config.model, 8), load_backbone(config.model.auxiliary, 8)
+    model = build_model(config, 4, trunk=trunk, aux_trunk=aux_trunk)
+    assert (trunk.width, aux_trunk.width, of(model, "auxiliary", "oct").backbone.width) == (64, 192, 192)
+    stage1, own = (
+        {name: build_model(each, 4, modality=name, trunk=weights) for name in config.data.modalities}
+        for each, weights in ((config, trunk), (config.auxiliary, aux_trunk))
+    )
+    for each in (*stage1.values(), *own.values()):
+        wake(each)
+    learned, learned_by_own = (
+        {name: mor.trainable_parameters(each) for name, each in group.items()} for group in (stage1, own)
+    )
+    with pytest.raises(ValueError, match="do not fit of 'cfp'"):
+        model.start_from(learned)
+    with pytest.raises(ValueError, match=r"modalities \['cfp', 'oct'\], got it for \['oct'\]"):
+        model.start_from(learned, {"oct": learned_by_own["oct"]})
+    model.start_from(learned, learned_by_own)
+    output = model(batch)
+    for name in config.data.modalities:
+        assert torch.equal(output.aux_logits[name], own[name](batch).logits)
+        primary = of(model, "primary", name).backbone
+        assert all(
+            torch.equal(primary.get_parameter(key[9:]), value) for key, value in learned[name].items() if key[0] == "b"
+        )
+
+
 def test_stage_1_that_does_not_fit_is_told_at_once_and_changes_nothing(make_config) -> None:
     model = build_model(make_config(), 4)
     stage1 = {name: mor.trainable_parameters(build_model(make_config(), 3, modality=name)) for name in ("cfp", "oct")}

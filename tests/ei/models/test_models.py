@@ -36,6 +36,26 @@ def test_a_trunk_is_loaded_once_per_model_and_not_at_all_if_given(make_config, t
     assert frozen[0] == frozen[1] == frozen[2]
 
 
+def test_an_auxiliary_backbone_is_loaded_once_or_not_at_all_if_given(make_config, trunk, monkeypatch) -> None:
+    loads = []
+    load = backbone_module.load_backbone
+    monkeypatch.setattr("ei.models.load_backbone", lambda *given: loads.append(given[0].backbone) or load(*given))
+    config = make_config(aux_backbone="vit_tiny_patch16_224", pretrained=False)
+    model = build_model(config, 2)
+    assert loads == ["tiny", "vit_tiny_patch16_224"]
+    build_model(config, 2, modality="oct")
+    assert loads == ["tiny", "vit_tiny_patch16_224", "tiny"]
+    build_model(config, 2, trunk=trunk, aux_trunk=trunk)
+    assert len(loads) == 3
+    frozen = [
+        {id(item) for item in getattr(model, role).parameters() if not item.requires_grad}
+        for role in ("primary", "auxiliary")
+    ]
+    assert not frozen[0] & frozen[1]
+    with pytest.raises(ValueError, match="after one of the ViT's blocks 1..12, or 0 for the last, got 13"):
+        build_model(make_config(aux_backbone="vit_tiny_patch16_224", pretrained=False, int_from=13), 2)
+
+
 def test_bad_arguments(make_config) -> None:
     with pytest.raises(ValueError, match="num_classes must be at least 1, got 0"):
         build_model(make_config(), 0)

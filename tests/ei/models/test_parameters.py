@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from ei.config import Config, DataConfig, ModelConfig
+from ei.config import Config, DataConfig, ModelConfig, find_config
 from ei.models import Backbone, build_model, count_trainable, load_backbone
 
 CLIP = "vit_base_patch16_clip_224.openai"
@@ -65,6 +65,46 @@ def test_more_modalities_and_a_wider_vit() -> None:
     with torch.device("meta"):
         large = load_backbone(ModelConfig(backbone="vit_large_patch14_clip_224.openai"), 224)
     assert count(large, c, modalities="xyz")["total"] == expected
+
+
+@pytest.mark.parametrize("backbone", ["clip", "dinov2"])
+@pytest.mark.parametrize(
+    ("data", "m", "c", "total"),
+    [("mmc-amd", 2, 4, 7_099_026), ("derm7pt", 2, 5, 7_102_102), ("mrnet", 3, 3, 12_423_765)],
+)
+def test_shipped_configurations(data: str, m: int, c: int, total: int, backbone: str) -> None:
+    config = Config.load(find_config(f"{data}-{backbone}"))
+    classes = len(config.data.classes or config.data.labels)
+    with torch.device("meta"):
+        counts = count_trainable(build_model(config, classes))
+    assert (len(config.data.modalities), classes) == (m, c)
+    assert counts["total"] == total == 2 * m * P + m * (m - 1) * 592_512 + 2 * m * (768 * c + c) + m * m * 768 + m
+
+
+def test_shared_adapters_are_counted_once(clip: Backbone) -> None:
+    m = 2
+    shared = count(clip, 4, share_adapters=True)
+    assert (shared["primary ViTs"], shared["auxiliary ViTs"]) == (m * P, 0)
+    assert shared["total"] == 4_149_714 == count(clip, 4)["total"] - m * P
+    everything = sum(item.numel() for item in clip.parameters())
+    assert count(clip, 4, share_adapters=True, adapter="full")["primary ViTs"] == m * everything
+
+
+def test_a_smaller_auxiliary_backbone(clip: Backbone) -> None:
+    """ViT-S: each of its two adapted layers per block is a quarter of ViT-B's; INT adapters go from 384 to 768."""
+    m, d, small, c = 2, 768, 384, 4
+    layers = [14 * (k + o) + 4 * (k + 1) for k, o in ((small, 4 * small), (4 * small, small))]
+    p_small, adapter = 12 * sum(layers), 2 * small + (small + 1) * 384 + (384 + 1) * d
+    assert (p_small, adapter) == (737_376, 444_288)
+    counts = count(clip, c, aux_backbone="vit_small_patch16_224.augreg_in21k")
+    assert counts == {
+        "primary ViTs": m * P,
+        "auxiliary ViTs": m * p_small,
+        "INT adapters": m * (m - 1) * adapter,
+        "heads": m * c * (d + 1 + small + 1),
+        "fusion": m * m * d + m,
+        "total": 5_324_946,
+    }
 
 
 def test_late_fusion_has_no_auxiliary_parts(clip: Backbone) -> None:
