@@ -230,6 +230,9 @@ def test_what_is_not_there_is_never_looked_at(model: LateFusion, batch: Batch) -
         images[~batch.present[name]] = float("nan")
     one, other = parts(model(batch)), parts(model(replace(batch, images=poisoned)))
     assert all(torch.equal(one[name], other[name]) for name in one)
+    learned = mor.trainable_parameters(model).values()
+    gradients = [torch.autograd.grad(sum(each.sum() for each in values.values()), learned) for values in (one, other)]
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
 
 
 def loss_of(output: Output, batch: Batch) -> Tensor:
