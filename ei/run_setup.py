@@ -31,6 +31,8 @@ def resolved(config: Config, manifest: Manifest) -> Config:
         raise ValueError(
             f"class_weights must have one number for each of {', '.join(manifest.classes)}, got {len(weights)}"
         )
+    if config.train.temperature:
+        require_val_rows(manifest)
     data = replace(config.data, classes=manifest.classes, manifest=str(Path(config.data.manifest).resolve()))
     backbone = str(Path(config.model.weights).resolve()) if config.model.weights else ""
     source = str(Path(config.train.stage1_from).resolve()) if config.train.stage1_from else ""
@@ -40,6 +42,14 @@ def resolved(config: Config, manifest: Manifest) -> Config:
         model=replace(config.model, weights=backbone),
         train=replace(config.train, stage1_from=source),
     )
+
+
+def require_val_rows(manifest: Manifest) -> None:
+    """Raise a ValueError if there is nothing to fit temperatures on."""
+    if not manifest.split("val"):
+        raise ValueError(
+            "temperature is fitted on val rows, and the manifest has none; add val rows, or leave temperature out"
+        )
 
 
 def require_measurable(manifest: Manifest, *, alone: bool = True) -> None:
