@@ -217,7 +217,7 @@ def measure_subsets(
 
 def _having(rows: Sequence[Row], modalities: Sequence[str]) -> tuple[list[int], list[Row]]:
     """The rows that have all of these modalities, after their positions."""
-    where = [position for position, row in enumerate(rows) if row.has(modalities)]
+    where = [position for position, row in enumerate(rows) if row.has_all(modalities)]
     return where, [rows[position] for position in where]
 
 

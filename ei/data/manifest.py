@@ -58,7 +58,7 @@ class Row:
     images: dict[str, tuple[Path, ...]]
     """Modality -> its files, sorted; none if the sample lacks it."""
 
-    def has(self, modalities: Collection[str]) -> bool:
+    def has_all(self, modalities: Collection[str]) -> bool:
         """Whether the sample has an image of each of these modalities."""
         return all(self.images[modality] for modality in modalities)
 

@@ -69,11 +69,11 @@ class UniModal(nn.Module):
         present = batch.present[self.modality]
         images, sample_of_image = batch.images[self.modality][present], present.nonzero()[:, 0]  # (N, 3, H, W), (N,)
         count = len(images)
-        if not count and not torch.is_grad_enabled():
-            return [images.new_zeros(len(present), self.backbone.width) for _ in read_from]
         if not count:
-            # A blank image that counts for no sample: so every parameter gets a gradient, which is zero, and in
-            # training on several processes none waits for one that never comes.
+            if not torch.is_grad_enabled():
+                return [images.new_zeros(len(present), self.backbone.width) for _ in read_from]
+            # A blank image that counts for no sample: so every parameter gets a gradient, which is zero, and of
+            # several processes that train together none waits for one that never comes.
             images, sample_of_image = images.new_zeros(1, *images.shape[1:]), sample_of_image.new_zeros(1)
         if tokens is not None:
             tokens = tokens[sample_of_image]

@@ -294,4 +294,4 @@ def test_how_many_lack_what_is_said(manifest: Path, study_config, capsys: pytest
 
 def test_a_row_knows_what_it_has(tmp_path: Path) -> None:
     row = Row(2, "a", "a", "train", 0, {"cfp": (tmp_path,), "oct": ()})
-    assert row.has(["cfp"]) and row.has([]) and not row.has(["cfp", "oct"])
+    assert row.has_all(["cfp"]) and row.has_all([]) and not row.has_all(["cfp", "oct"])

@@ -301,7 +301,7 @@ def test_missing_modalities_where_they_are_allowed(folder: Path) -> None:
     assert [row.id for row in manifest.having("oct").rows] == ["b", "c"]
     assert manifest.having("oct").classes == manifest.classes
     both = manifest.rows[1]
-    assert both.has(("cfp", "oct")) and not manifest.rows[0].has(("cfp", "oct"))
+    assert both.has_all(("cfp", "oct")) and not manifest.rows[0].has_all(("cfp", "oct"))
     assert both.only(["oct"]) == replace(both, images={"cfp": (), "oct": both.images["oct"]})
     assert read(folder, GAPS, MISSING, labelled=False).missing() == {"cfp": {"": 1}, "oct": {"": 2}}
 
