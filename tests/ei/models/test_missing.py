@@ -123,7 +123,8 @@ def test_masks_that_do_not_fit(trunk: Backbone) -> None:
 
 @pytest.fixture(params=["ei", "late"])
 def model(make_config, wake, request: pytest.FixtureRequest) -> LateFusion:
-    built = build_model(make_config(THREE, fusion=request.param, int_at=1, int_from=3), 4)
+    positions = {"int_at": 1, "int_from": 3} if request.param == "ei" else {}
+    built = build_model(make_config(THREE, fusion=request.param, **positions), 4)
     wake(built)
     with torch.no_grad():
         built.fusion.gate.weight.normal_(std=0.2)
