@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ei.config import Config
+from ei.data.listed import counted
 from ei.data.manifest import SPLITS, Manifest
 from ei.progress import say
 from ei.run_folder import RunFolder
@@ -41,6 +42,13 @@ def resolved(config: Config, manifest: Manifest) -> Config:
 
 def _absolute(path: str) -> str:
     return str(Path(path).resolve()) if path else ""
+
+
+def tell_warnings(manifest: Manifest, path: str | Path) -> None:
+    """How many there are, and the first."""
+    if manifest.warnings:
+        say(f"note: {counted(len(manifest.warnings), 'warning')} about {path}; 'ei check' shows all")
+        say(f"  {manifest.warnings[0]}")
 
 
 def require_measurable(manifest: Manifest, *, alone: bool = True) -> None:

@@ -1,6 +1,7 @@
 """A small study on disk: two modalities of 8 x 8 px, three classes, and a run trained on it."""
 
 import csv
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -73,3 +74,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("finished")
     return train(configuration(write(folder / "study")), folder / "run")
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A copy of it that may be spoilt."""
+    shutil.copytree(finished.parent, tmp_path / "copy")
+    config = Config.load(tmp_path / "copy/run/config.yaml")
+    moved = replace(config.data, manifest=str(tmp_path / "copy/study/manifest.csv"))
+    replace(config, data=moved).save(tmp_path / "copy/run/config.yaml")
+    return tmp_path / "copy/run"

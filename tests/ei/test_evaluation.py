@@ -1,13 +1,12 @@
 import csv
 import json
-import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from ei import evaluate, load, predict
+from ei import evaluate, load
 from ei.checkpoint import read_checkpoint, write_checkpoint
 from ei.config import Config
 from ei.data.manifest import read_manifest
@@ -15,16 +14,6 @@ from ei.evaluation import label_text, metrics_table, predict_rows, probabilities
 from ei.processes import Processes
 from ei.runs import load_trunk
 from mor import trainable_parameters
-
-
-@pytest.fixture
-def run(finished, tmp_path):
-    """A copy that may be spoilt."""
-    shutil.copytree(finished.parent, tmp_path / "copy")
-    config = Config.load(tmp_path / "copy/run/config.yaml")
-    moved = replace(config.data, manifest=str(tmp_path / "copy/study/manifest.csv"))
-    replace(config, data=moved).save(tmp_path / "copy/run/config.yaml")
-    return tmp_path / "copy/run"
 
 
 def table(path) -> list[dict]:
@@ -82,39 +71,6 @@ def test_evaluating_again_gives_the_same(run):
         (run / name).unlink()
     evaluate(run)
     assert {name: (run / name).read_bytes() for name in before} == before
-
-
-def test_predict_without_labels(run, tmp_path):
-    source = run.parent / "study"
-    lines = (source / "manifest.csv").read_text().splitlines()
-    kept = [line.split(",") for line in lines if line.startswith(("id", "test"))]
-    (source / "new.csv").write_text("\n".join(",".join([row[0], *row[4:]]) for row in kept))
-    predict(run, source / "new.csv", tmp_path / "deep/out.csv")
-    new, old = table(tmp_path / "deep/out.csv"), table(run / "predictions.csv")[6:]
-    assert [row["label"] for row in new] == [""] * 9
-    for one, other in zip(new, old, strict=True):
-        assert one["fused:dark"] == other["fused:dark"] and one["weight:oct"] == other["weight:oct"]
-
-
-def test_ids_that_a_spreadsheet_would_run_are_text(run, tmp_path):
-    source = run.parent / "study"
-    text = (source / "manifest.csv").read_text()
-    (source / "new.csv").write_text(text.replace("test0,test0", '"=HYPERLINK(""x"")",@p').replace("test1,", "-1.5,"))
-    predict(run, source / "new.csv", tmp_path / "out.csv")
-    new, old = table(tmp_path / "out.csv")[18:], table(run / "predictions.csv")[6:]
-    assert [row["id"] for row in new[:3]] == ['\'=HYPERLINK("x")', "-1.5", "test2"]
-    assert new[0]["patient"] == "'@p"
-    numbers = [name for name in new[0] if ":" in name]
-    assert [[row[name] for name in numbers] for row in new] == [[row[name] for name in numbers] for row in old]
-
-
-def test_predictions_never_replace_their_manifest(run):
-    manifest = run.parent / "study/manifest.csv"
-    before = manifest.read_bytes()
-    for out in (manifest, manifest.parent / "../study/manifest.csv", run):
-        with pytest.raises(ValueError, match="out must be a file of its own"):
-            predict(run, manifest, out)
-    assert manifest.read_bytes() == before
 
 
 def test_batch_size_does_not_matter(finished):
