@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ei import evaluate, load
 from ei.checkpoint import read_checkpoint, write_checkpoint
@@ -117,6 +118,13 @@ def test_a_manifest_that_was_changed_since_training_is_refused(run):
     path = run.parent / "study/manifest.csv"
     path.write_text(path.read_text().replace(",train0,train,", ",train0,test,"))
     with pytest.raises(ValueError, match="is not what it was when .* test rows may have been trained on"):
+        evaluate(run)
+
+
+@pytest.mark.fault("an image replaced between training and evaluation", "refused")
+def test_an_image_that_was_changed_since_training_is_refused(run):
+    Image.new("L", (8, 8), 99).save(run.parent / "study/test3_oct.png")
+    with pytest.raises(ValueError, match="an image of .* is not what it was when .* was trained"):
         evaluate(run)
 
 

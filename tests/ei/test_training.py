@@ -491,6 +491,23 @@ def test_a_file_that_vanishes_stops_the_run(manifest, tmp_path, monkeypatch, stu
         train(study_config(manifest, stages="2"), tmp_path / "run")
 
 
+@pytest.mark.fault("an image replaced between two epochs", "stopped, the file and its row named")
+def test_a_file_that_changes_between_epochs_stops_the_run(manifest, tmp_path, monkeypatch, study_config):
+    import ei.training as training
+
+    close = training.Loop._close_epoch
+
+    def close_and_change(self, *args):
+        close(self, *args)
+        if self.at.epoch == 2:
+            Image.new("L", (8, 8), 99).save(manifest.parent / "train3_oct.png")
+
+    monkeypatch.setattr(training.Loop, "_close_epoch", close_and_change)
+    with pytest.raises(ValueError, match=r"train3_oct.png: has changed since .* \(row 5, id 'train3'\)"):
+        train(study_config(manifest, stages="2", epochs=3), tmp_path / "run")
+    assert history(tmp_path / "run/stage2")[-1]["epoch"] == 1
+
+
 def test_sixteen_bit_images_reach_the_model(manifest, tmp_path, study_config):
     for path in manifest.parent.glob("*.png"):
         Image.fromarray(np.asarray(Image.open(path)).astype(np.uint16) * 257).save(path)
