@@ -108,7 +108,8 @@ def predict(run: str | Path, manifest: str | Path, out: str | Path, shard: str =
     todo = [number for number in mine if number not in there]
     if todo:
         rows = [row for number in todo for row in pieces.rows_of(number)]
-        batches = predict_batches(model.to(processes.device), rows, config, device=processes.device)
+        once = replace(config, data=replace(config.data, cache=""))  # nothing is read a second time
+        batches = predict_batches(model.to(processes.device), rows, once, device=processes.device)
         _make(pieces, todo, batches, table, environment(processes.device))
     if shard:
         return pieces.finish(share)

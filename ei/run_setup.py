@@ -19,7 +19,7 @@ except ModuleNotFoundError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 # What may differ when a run goes on: it changes how fast results come, and not what they are.
-MAY_CHANGE = {"train": {"device", "workers", "save_minutes", "micro_batch", "tensorboard"}}
+MAY_CHANGE = {"data": {"cache"}, "train": {"device", "workers", "save_minutes", "micro_batch", "tensorboard"}}
 
 
 def resolved(config: Config, manifest: Manifest) -> Config:
@@ -32,7 +32,12 @@ def resolved(config: Config, manifest: Manifest) -> Config:
         raise ValueError(
             f"class_weights must have one number for each of {', '.join(manifest.classes)}, got {len(weights)}"
         )
-    data = replace(config.data, classes=manifest.classes, manifest=str(Path(config.data.manifest).resolve()))
+    data = replace(
+        config.data,
+        classes=manifest.classes,
+        manifest=_absolute(config.data.manifest),
+        cache=_absolute(config.data.cache),
+    )
     model = replace(
         config.model, weights=_absolute(config.model.weights), aux_weights=_absolute(config.model.aux_weights)
     )

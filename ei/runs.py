@@ -13,6 +13,7 @@ from ei.config import Config
 from ei.data.manifest import Manifest
 from ei.models import Backbone, build_model, load_backbone
 from ei.run_folder import RunFolder
+from ei.run_setup import MAY_CHANGE
 from ei.runtime import fingerprint, same_weights
 
 
@@ -118,7 +119,7 @@ def stage1_checkpoint(
     different = [
         name
         for name, value in vars(config.data).items()
-        if vars(other.data)[name] != value and name not in ("allow_missing", "modality_dropout")
+        if vars(other.data)[name] != value and name not in {"allow_missing", "modality_dropout", *MAY_CHANGE["data"]}
     ]
     different += [name for name in model_fields if getattr(other.model, name) != getattr(config.model, name)]
     if checkpoint.notes["manifest"] != manifest_hash(config):

@@ -22,10 +22,12 @@ from torch.utils.data import Dataset, Sampler
 from ei.config import DataConfig
 from ei.data.audit import require_unchanged
 from ei.data.balance import repetitions
+from ei.data.image_cache import ImageCache
 from ei.data.images import ImageError, count_slices, read_image
 from ei.data.manifest import Row
 from ei.data.sample import Sample
 from ei.data.transforms import evaluation_transform, training_transform
+from ei.intensity import Intensity
 
 
 class Draw(NamedTuple):
@@ -77,6 +79,7 @@ class ManifestDataset(Dataset[Sample]):
         self.train = train
         self.seed = seed
         self.transform = training_transform(config) if train else evaluation_transform(config)
+        self.cache = ImageCache(config.cache, self.transform) if config.cache else None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -114,10 +117,16 @@ class ManifestDataset(Dataset[Sample]):
         if self.config.images == "one":
             chosen = int(torch.randint(len(files), ())) if self.train else 0
             files = files[chosen : chosen + 1]
-        # Volumes of several files may differ in size; the transform makes them equal.
         intensity = self.config.intensity_of(modality)
-        stacks = [read_image(file, self._slices(_count(row, file)), intensity=intensity) for file in files]
-        return torch.stack([self.transform(image) for stack in stacks for image in stack])
+        wanted = [(file, self._slices(_count(row, file))) for file in files]
+        fixed = [image for file, slices in wanted for image in self._fixed(row, file, slices, intensity)]
+        # Volumes of several files may differ in size; the transform makes them equal.
+        return torch.stack([self.transform.varied(image) for image in fixed])
+
+    def _fixed(self, row: Row, file: Path, slices: list[int], intensity: Intensity) -> list[Tensor]:
+        if self.cache and file in row.checked:
+            return self.cache.fixed(file, slices, intensity, row.checked[file])
+        return [self.transform.fixed(image) for image in read_image(file, slices, intensity=intensity)]
 
     def _slices(self, count: int) -> list[int]:
         if count == 1:
