@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ei.config import Config, DataConfig, ModelConfig, TrainConfig
-    from ei.evaluation import evaluate, predict
+    from ei.evaluation import evaluate
     from ei.models import build_model
+    from ei.piecewise import predict
     from ei.runs import load
     from ei.training import train
 
@@ -19,7 +20,7 @@ _HOMES = {
     "build_model": "ei.models",
     "evaluate": "ei.evaluation",
     "load": "ei.runs",
-    "predict": "ei.evaluation",
+    "predict": "ei.piecewise",
     "train": "ei.training",
 }
 

@@ -126,7 +126,9 @@ class Report:
 
 @dataclass(frozen=True)
 class Predict:
-    """Predict every row of a manifest; it needs the columns id and those of the run's modalities."""
+    """Predict every row of a manifest; it needs the columns id and those of the run's modalities.
+
+    Broken off, the same command goes on; what is done so far lies beside the CSV in OUT.parts."""
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
@@ -134,6 +136,9 @@ class Predict:
     """The CSV with the samples."""
     out: Path = Path("predictions.csv")
     """The CSV to write."""
+    shard: str = ""
+    """I/N: predict the I-th of N shares only, in processes of any number of machines that share a folder; the last
+    to finish writes the CSV."""
 
 
 @dataclass(frozen=True)
@@ -250,10 +255,10 @@ def report(words: Sequence[str]) -> None:
 
 def predict(words: Sequence[str]) -> None:
     command = _parse(Predict, "predict", words)
-    from ei.evaluation import predict
+    from ei.piecewise import predict
 
-    predict(command.run, command.manifest, command.out)
-    print(f"wrote {command.out}")
+    if predict(command.run, command.manifest, command.out, command.shard):
+        print(f"wrote {command.out}")
 
 
 def params(words: Sequence[str]) -> None:

@@ -56,6 +56,8 @@ class DataConfig:
     """Image paths may be absolute, or lead out of the manifest's folder."""
     allow_missing: bool = False
     """A sample may lack modalities: an empty cell."""
+    cache: str = ""
+    """Folder in which decoded images are kept, so that later epochs read them faster; empty: none."""
     image_size: int = 224
     """Side of the square that images are resized to, in pixels."""
     mean: Floats = CLIP_MEAN

@@ -1,4 +1,4 @@
-"""From a trained model to logits, from logits to files: evaluate a run, predict new samples.
+"""From a trained model to logits, from logits to figures and files: evaluate a run.
 
 Shapes: N samples, C classes, M modalities.
 """
@@ -6,7 +6,8 @@ Shapes: N samples, C classes, M modalities.
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,9 @@ from ei.progress import track
 from ei.report import write_report
 from ei.run_folder import RunFolder
 from ei.run_setup import require_val_rows
-from ei.runs import best_checkpoint, load, manifest_hash
+from ei.runs import best_checkpoint, changed_data, load
 from ei.runtime import arithmetic
-from ei.temperature import fit_temperatures, read_temperatures, temperature_file
+from ei.temperature import fit_temperatures, temperature_file
 from mor import MoRLinear, record_gates
 from mor.files import write_atomically
 from mor.gates import GateRecord, GateSummary
@@ -48,52 +49,75 @@ def predict_rows(
         ValueError: the model gives something that is not finite; the message names the samples.
     """
     count = processes.count
-    own, ids = _predict(model, rows[processes.index :: count], config, processes, what)
-    parts = processes.gathered((own, ids))
+    found: dict[tuple[str, str], list[np.ndarray]] = {}
+    own: list[str] = []
+    for outputs, ids in _outputs(model, rows[processes.index :: count], config, processes.device, count, what):
+        for kind, values in outputs.items():
+            found.setdefault(kind, []).append(values)
+        own += ids
+    parts = processes.gathered(({kind: np.concatenate(values) for kind, values in found.items()}, own))
     order = np.argsort(np.concatenate([np.arange(len(rows))[index::count] for index in range(count)]))
-    found = [name for _, part_ids in parts for name in part_ids]
-    if [found[position] for position in order] != [row.id for row in rows]:
-        raise RuntimeError("samples came back in another order than they were asked for")
+    names = [name for _, part_ids in parts for name in part_ids]
     kinds = next(part for part, part_ids in parts if part_ids)
     together = {kind: np.concatenate([part[kind] for part, part_ids in parts if part_ids])[order] for kind in kinds}
-    logits = together.pop(LOGITS)
+    return _checked(together, [names[position] for position in order], rows, what)
+
+
+def predict_batches(
+    model: nn.Module, rows: Sequence[Row], config: Config, *, device: torch.device, what: str = "predict"
+) -> Iterator[Predictions]:
+    """The same in this process alone, batch by batch.
+
+    Raises:
+        ValueError: as :func:`predict_rows`.
+    """
+    expected = iter(rows)
+    for outputs, ids in _outputs(model, rows, config, device, 1, what):
+        yield _checked(outputs, ids, list(islice(expected, len(ids))), what)
+
+
+LOGITS, WEIGHTS = ("logits", ""), ("weights", "")
+
+
+def _checked(
+    outputs: dict[tuple[str, str], np.ndarray], ids: Sequence[str], rows: Sequence[Row], what: str
+) -> Predictions:
+    """Outputs by kind as those of these rows."""
+    if list(ids) != [row.id for row in rows]:
+        raise RuntimeError("samples came back in another order than they were asked for")
+    logits, weights = outputs.pop(LOGITS), outputs.pop(WEIGHTS, None)
     if not np.isfinite(logits).all():
         bad = [row.id for row, finite in zip(rows, np.isfinite(logits).all(1), strict=True) if not finite]
         raise ValueError(
             f"the model gives numbers that are not finite for {', '.join(bad[:8])} ({what}); if this is while training,"
             " it has diverged: lower lr"
         )
-    weights = together.pop(WEIGHTS, None)
-    each = {modality: values for (_, modality), values in together.items()}
+    each = {modality: values for (_, modality), values in outputs.items()}
     for modality, values in each.items():
         values[[not row.images[modality] for row in rows]] = np.nan
     return Predictions(logits, each, weights)
 
 
-LOGITS, WEIGHTS = ("logits", ""), ("weights", "")
-
-
 @torch.no_grad()
-def _predict(
-    model: nn.Module, rows: Sequence[Row], config: Config, processes: Processes, what: str
-) -> tuple[dict[tuple[str, str], np.ndarray], list[str]]:
-    """What one process finds, by kind, and the ids of its rows."""
-    loader = evaluation_loader(rows, config, count=processes.count)
+def _outputs(
+    model: nn.Module, rows: Sequence[Row], config: Config, device: torch.device, count: int, what: str
+) -> Iterator[tuple[dict[tuple[str, str], np.ndarray], list[str]]]:
+    """What one of ``count`` processes finds, by kind, batch by batch, and the ids."""
+    loader = evaluation_loader(rows, config, count=count)
     was_training = model.training
     model.eval()
-    found: dict[tuple[str, str], list[np.ndarray]] = {}
-    ids: list[str] = []
-    for batch in track(loader, what, len(loader)):
-        with arithmetic(processes.device, config.train.precision):
-            output = model(batch.to(processes.device))
-        kinds = {LOGITS: output.logits, WEIGHTS: output.modality_weights}
-        kinds |= {("modality", name): logits for name, logits in output.modality_logits.items()}
-        for kind, values in kinds.items():
-            if values is not None:
-                found.setdefault(kind, []).append(values.float().cpu().numpy())
-        ids += batch.ids
-    model.train(was_training)
-    return {kind: np.concatenate(values) for kind, values in found.items()}, ids
+    try:
+        for batch in track(loader, what, len(loader)):
+            with arithmetic(device, config.train.precision):
+                output = model(batch.to(device))
+            kinds = {LOGITS: output.logits, WEIGHTS: output.modality_weights}
+            kinds |= {("modality", name): logits for name, logits in output.modality_logits.items()}
+            yield (
+                {kind: values.float().cpu().numpy() for kind, values in kinds.items() if values is not None},
+                batch.ids,
+            )
+    finally:
+        model.train(was_training)
 
 
 def evaluate(run: str | Path) -> dict[str, Any]:
@@ -114,10 +138,10 @@ def evaluate(run: str | Path) -> dict[str, Any]:
     folder = RunFolder(Path(run))
     model, config = load(run)
     manifest = read_manifest(config.data.manifest, config.data, classes=config.data.classes)
-    if manifest_hash(config) != best_checkpoint(folder).notes["manifest"]:
+    if changed := changed_data(best_checkpoint(folder).notes, config, manifest):
         raise ValueError(
-            f"{config.data.manifest} is not what it was when {folder.path} was trained, so test rows may have been"
-            " trained on; restore it, or use ei predict on a manifest of new samples"
+            f"{changed} is not what it was when {folder.path} was trained, so test rows may have been trained on;"
+            " restore it, or use ei predict on a manifest of new samples"
         )
     splits = {name: rows for name in EVALUATED if (rows := manifest.split(name))}
     if not splits:
@@ -162,30 +186,6 @@ def evaluate(run: str | Path) -> dict[str, Any]:
         write_csv(folder.predictions, [line for table in tables for line in table])
         write_report(folder.path)
     return metrics
-
-
-def predict(run: str | Path, manifest: str | Path, out: str | Path) -> None:
-    """Predict every row of a manifest, which needs no labels, and write a CSV with probabilities.
-
-    Args:
-        run: A folder written by :func:`ei.train`.
-        manifest: CSV with ``id`` and the columns of the run's modalities, whose cells may be empty if the run was
-            trained with ``allow_missing`` or ``modality_dropout``.
-        out: The CSV to write; columns are id, patient, split, label (both empty), ``fused:CLASS``,
-            ``MODALITY:CLASS`` (empty for a modality that the row lacks) and ``weight:MODALITY``.
-
-    Raises:
-        ValueError: the run or the manifest cannot be used.
-    """
-    if Path(out).is_dir() or Path(out).resolve() == Path(manifest).resolve():
-        raise ValueError(f"out must be a file of its own, got {out}")
-    model, config = load(run)
-    temperatures = read_temperatures(RunFolder(Path(run))) if config.train.temperature else {}
-    data = replace(config.data, allow_missing=config.data.knows_missing)
-    table = read_manifest(manifest, data, classes=data.classes, labelled=False)
-    processes = Processes.join(config.train.device)
-    predictions = predict_rows(model.to(processes.device), table.rows, config, processes=processes).at(temperatures)
-    write_csv(Path(out), prediction_table(predictions, table.rows, table))
 
 
 def measure_subsets(

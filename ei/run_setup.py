@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ei.config import Config
+from ei.data.listed import counted
 from ei.data.manifest import SPLITS, Manifest
 from ei.progress import say
 from ei.run_folder import RunFolder
@@ -18,7 +19,7 @@ except ModuleNotFoundError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 # What may differ when a run goes on: it changes how fast results come, and not what they are.
-MAY_CHANGE = {"train": {"device", "workers", "save_minutes", "micro_batch", "tensorboard"}}
+MAY_CHANGE = {"data": {"cache"}, "train": {"device", "workers", "save_minutes", "micro_batch", "tensorboard"}}
 
 
 def resolved(config: Config, manifest: Manifest) -> Config:
@@ -33,7 +34,12 @@ def resolved(config: Config, manifest: Manifest) -> Config:
         )
     if config.train.temperature:
         require_val_rows(manifest)
-    data = replace(config.data, classes=manifest.classes, manifest=str(Path(config.data.manifest).resolve()))
+    data = replace(
+        config.data,
+        classes=manifest.classes,
+        manifest=_absolute(config.data.manifest),
+        cache=_absolute(config.data.cache),
+    )
     model = replace(
         config.model, weights=_absolute(config.model.weights), aux_weights=_absolute(config.model.aux_weights)
     )
@@ -51,6 +57,13 @@ def require_val_rows(manifest: Manifest) -> None:
         raise ValueError(
             "temperature is fitted on val rows, and the manifest has none; add val rows, or leave temperature out"
         )
+
+
+def tell_warnings(manifest: Manifest, path: str | Path) -> None:
+    """How many there are, and the first."""
+    if manifest.warnings:
+        say(f"note: {counted(len(manifest.warnings), 'warning')} about {path}; 'ei check' shows all")
+        say(f"  {manifest.warnings[0]}")
 
 
 def require_measurable(manifest: Manifest, *, alone: bool = True) -> None:

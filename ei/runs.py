@@ -3,14 +3,17 @@
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from ei.checkpoint import Checkpoint, read_checkpoint, restore
 from ei.config import Config
+from ei.data.manifest import Manifest
 from ei.models import Backbone, build_model, load_backbone
 from ei.run_folder import RunFolder
+from ei.run_setup import MAY_CHANGE
 from ei.runtime import fingerprint, same_weights
 
 
@@ -72,6 +75,19 @@ def manifest_hash(config: Config) -> str:
     return hashlib.sha256(Path(config.data.manifest).read_bytes()).hexdigest()
 
 
+def data_hashes(config: Config, manifest: Manifest) -> dict[str, str]:
+    """By which a run's data are known again: SHA-256 of the table and of all images together."""
+    return {"manifest": manifest_hash(config), "images": manifest.images_hash}
+
+
+def changed_data(notes: Mapping[str, Any], config: Config, manifest: Manifest) -> str:
+    """Which of a checkpoint's data are not what they were when it was made, in words; empty if all are."""
+    for part, now in data_hashes(config, manifest).items():
+        if notes.get(part) != now:
+            return config.data.manifest if part == "manifest" else f"an image of {config.data.manifest}"
+    return ""
+
+
 def open_run(run: str | Path) -> tuple[RunFolder, Config]:
     """A run's folder and configuration; a ValueError if it is no run."""
     folder = RunFolder(Path(run))
@@ -103,7 +119,7 @@ def stage1_checkpoint(
     different = [
         name
         for name, value in vars(config.data).items()
-        if vars(other.data)[name] != value and name not in ("allow_missing", "modality_dropout")
+        if vars(other.data)[name] != value and name not in {"allow_missing", "modality_dropout", *MAY_CHANGE["data"]}
     ]
     different += [name for name in model_fields if getattr(other.model, name) != getattr(config.model, name)]
     if checkpoint.notes["manifest"] != manifest_hash(config):

@@ -29,7 +29,6 @@ from ei.checkpoint import (
 from ei.compilation import compile_backbones, require_compiler
 from ei.config import Config, DataConfig
 from ei.data.balance import inverse_frequencies
-from ei.data.listed import counted
 from ei.data.loaders import TrainingSteps, samples_at_once
 from ei.data.manifest import Manifest, Row, read_manifest
 from ei.evaluation import evaluate, predict_rows
@@ -41,8 +40,8 @@ from ei.optimisation import Step, cyclic_learning_rate, make_optimizer, set_lear
 from ei.processes import Processes
 from ei.progress import say, track
 from ei.run_folder import RunFolder, StageFolder
-from ei.run_setup import locked, require_measurable, resolved, resumes
-from ei.runs import joined, load_trunk, manifest_hash, names_of_backbones, open_run, stage1_checkpoint
+from ei.run_setup import locked, require_measurable, resolved, resumes, tell_warnings
+from ei.runs import changed_data, data_hashes, joined, load_trunk, names_of_backbones, open_run, stage1_checkpoint
 from ei.runtime import (
     environment,
     fingerprint,
@@ -81,9 +80,7 @@ def train(config: Config, run: str | Path) -> Path:
     folder = RunFolder(Path(run))
     with processes.first_before_others():  # images that one has read, the others need not
         manifest = read_manifest(config.data.manifest, config.data)
-    if manifest.warnings:
-        say(f"note: {counted(len(manifest.warnings), 'warning')} about {config.data.manifest}; 'ei check' shows all")
-        say(f"  {manifest.warnings[0]}")
+    tell_warnings(manifest, config.data.manifest)
     config = resolved(config, manifest)
     require_measurable(manifest, alone=config.train.stages == "both")
     going_on = processes.first(lambda: resumes(folder, config))
@@ -219,15 +216,15 @@ class Stages:
         }
 
     def origin(self) -> dict[str, Any]:
-        """What every checkpoint notes: the manifest and the frozen weights that it was made with."""
-        return {"trunk": self.fingerprint, "manifest": manifest_hash(self.config)}
+        """What every checkpoint notes: the manifest, its images and the frozen weights that it was made with."""
+        return {"trunk": self.fingerprint, **data_hashes(self.config, self.manifest)}
 
     def require_same_origin(self, notes: Mapping[str, Any], folder: StageFolder) -> None:
         """Raise a ValueError if a checkpoint of this run was made with others."""
-        if notes["manifest"] != self.origin()["manifest"]:
+        if changed := changed_data(notes, self.config, self.manifest):
             raise ValueError(
-                f"{self.config.data.manifest} is not what it was when {folder.path} was begun; restore it, or choose"
-                " another folder with --out"
+                f"{changed} is not what it was when {folder.path} was begun; restore it, or choose another folder with"
+                " --out"
             )
         if self.config.model.adapter != "full" and not same_weights(notes["trunk"], self.fingerprint):
             raise ValueError(

@@ -3,19 +3,23 @@
 A file is read again unless its path, size and times (of content and of inode, in nanoseconds) are what they
 were, so that training and evaluation need not decode a data set that nobody has touched. What is remembered
 lies in the user's cache folder, is only about files without a fault, and carries its own checksum.
+
+Whoever reads a file after the check asks :func:`require_unchanged` first.
 """
 
 import base64
 import hashlib
 import json
 import os
+import stat
 import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL
@@ -23,7 +27,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ei.data.formats.source import between
-from ei.data.images import count_slices, read_slices
+from ei.data.images import ImageError, count_slices, read_slices
 from ei.intensity import Intensity
 
 ALIKE = 0.98
@@ -38,8 +42,20 @@ _LEAST_CONTRAST = 0.02
 """Of the fingerprint; without it all images look alike."""
 _LARGEST_16_BIT = 65535
 _CHUNK = 2**20
-_VERSION = f"1, Pillow {PIL.__version__}"
+_VERSION = f"2, Pillow {PIL.__version__}"
 _SETTLED_NS = 2_000_000_000
+_HASHES_KEPT = 65_536
+
+State = tuple[int, ...]
+"""Size, and times of content and of inode in nanoseconds; empty of what is no regular file."""
+
+
+class Checked(NamedTuple):
+    """What a file was when its manifest was checked."""
+
+    sha256: str
+    state: State
+    slices: int
 
 
 @dataclass(frozen=True)
@@ -52,6 +68,9 @@ class Facts:
     """A small picture of the middle slice; empty for images too small or too flat to tell."""
     brightest: int = 0
     """The largest number of a file of 16 bits that nothing but the type scales; 0 of all others."""
+    slices: int = 1
+    state: State = ()
+    """When it was read."""
 
 
 def audit_image(path: Path, intensity: Intensity) -> Facts:
@@ -60,14 +79,40 @@ def audit_image(path: Path, intensity: Intensity) -> Facts:
     Raises:
         ImageError: it cannot be used.
     """
-    brightest, fingerprint, middle = 0, "", count_slices(path) // 2
+    state, slices = file_state(path), count_slices(path)
+    brightest, fingerprint, middle = 0, "", slices // 2
     for index, (slice_, unit) in enumerate(read_slices(path, intensity=intensity)):
         by_16_bits = (slice_.black, slice_.white, slice_.window) == (0, _LARGEST_16_BIT, None)
         if by_16_bits and intensity.rule == "type":
             brightest = max(brightest, int(slice_.values.max()))
         if index == middle:
             fingerprint = _fingerprint(unit)
-    return Facts(_sha256(path), fingerprint, brightest)
+    facts = Facts(_sha256(path), fingerprint, brightest, slices, state)
+    if file_state(path)[:2] != state[:2]:
+        raise ImageError(f"{path}: was changed while it was read")
+    return facts
+
+
+def require_unchanged(path: Path, checked: Checked) -> None:
+    """Make sure that a file is still what was checked; only if its size or times are others is it read for that.
+
+    Raises:
+        ImageError: it has another content.
+    """
+    state = file_state(path)
+    if state and state != checked.state and _hash_in_state(path, state) != checked.sha256:
+        raise ImageError(
+            f"{path}: has changed since the manifest was checked; bring back what it was, or begin anew with what it is"
+        )
+
+
+def file_state(path: Path) -> State:
+    """What tells without reading a file whether it is the one that it was."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return ()
+    return (found.st_size, found.st_mtime_ns, found.st_ctime_ns) if stat.S_ISREG(found.st_mode) else ()
 
 
 def likeness(one: Sequence[str], other: Sequence[str]) -> NDArray[np.float32]:
@@ -94,16 +139,14 @@ class AuditCache:
     def facts(self, path: Path, intensity: Intensity, audit: Callable[[Path, Intensity], Facts]) -> Facts:
         """Remembered facts if the file is what it was, else those that ``audit`` finds."""
         key = f"{os.path.realpath(path)}|{intensity.rule} {intensity.low} {intensity.high}"
-        state = _state(path)
         known = self._entries.get(key)
-        if known and state and known["state"] == state:
-            return Facts(**known["facts"])
+        if known and known.state == file_state(path):
+            return known
         facts = audit(path, intensity)
         # A file written just now may be written again without its times changing.
-        settled = state and time.time_ns() - state[1] > _SETTLED_NS
-        if settled and _state(path) == state:
+        if facts.state and time.time_ns() - facts.state[1] > _SETTLED_NS:
             with self._lock:
-                self._entries[key] = {"state": state, "facts": asdict(facts)}
+                self._entries[key] = facts
                 self._changed = True
         return facts
 
@@ -112,7 +155,7 @@ class AuditCache:
         if not self._changed:
             return
         temporary = self._file.with_name(f"{self._file.name}.{os.getpid()}")
-        content = json.dumps(self._entries)
+        content = json.dumps({key: asdict(facts) for key, facts in self._entries.items()})
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             # Names of files may be names of patients, so nobody else may read them.
@@ -123,12 +166,13 @@ class AuditCache:
             with suppress(OSError):
                 temporary.unlink()
 
-    def _load(self) -> dict[str, dict[str, Any]]:
+    def _load(self) -> dict[str, Facts]:
         try:
             checksum, _, content = self._file.read_text().partition("\n")
         except (OSError, ValueError):
             return {}
-        return json.loads(content) if checksum == _checksum(content) else {}
+        entries: dict[str, dict[str, Any]] = json.loads(content) if checksum == _checksum(content) else {}
+        return {key: Facts(**{**facts, "state": tuple(facts["state"])}) for key, facts in entries.items()}
 
 
 def _cache_home() -> Path:
@@ -145,12 +189,10 @@ def _checksum(content: str) -> str:
     return hashlib.sha256(f"{_VERSION}\n{content}".encode()).hexdigest()
 
 
-def _state(path: Path) -> list[int] | None:
-    try:
-        state = os.stat(path)
-    except OSError:
-        return None
-    return [state.st_size, state.st_mtime_ns, state.st_ctime_ns]
+@lru_cache(maxsize=_HASHES_KEPT)
+def _hash_in_state(path: Path, state: State) -> str:
+    """Of a file that only looks changed, once."""
+    return _sha256(path)
 
 
 def _sha256(path: Path) -> str:

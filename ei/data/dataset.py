@@ -12,6 +12,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -19,11 +20,14 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from ei.config import DataConfig
+from ei.data.audit import require_unchanged
 from ei.data.balance import repetitions
-from ei.data.images import count_slices, read_image
+from ei.data.image_cache import ImageCache
+from ei.data.images import ImageError, count_slices, read_image
 from ei.data.manifest import Row
 from ei.data.sample import Sample
 from ei.data.transforms import evaluation_transform, training_transform
+from ei.intensity import Intensity
 
 
 class Draw(NamedTuple):
@@ -50,7 +54,8 @@ class ManifestDataset(Dataset[Sample]):
     first epoch.
 
     Raises:
-        ImageError: on indexing, when a file cannot be read; no image is ever replaced by another.
+        ImageError: on indexing, when a file cannot be read, or has changed since its manifest was checked; the
+            message names the row. No image is ever replaced by another.
 
     Example:
         With ``images="mean"`` and ``slices=4``, a row with two plain files of one modality and a volume of 17
@@ -74,6 +79,7 @@ class ManifestDataset(Dataset[Sample]):
         self.train = train
         self.seed = seed
         self.transform = training_transform(config) if train else evaluation_transform(config)
+        self.cache = ImageCache(config.cache, self.transform) if config.cache else None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -89,7 +95,10 @@ class ManifestDataset(Dataset[Sample]):
         with torch.random.fork_rng(devices=[]):
             for modality in self.config.modalities:
                 torch.default_generator.manual_seed(_hash(self.seed, epoch, row.id, repeat, modality))
-                images[modality] = self._images(row, modality)
+                try:
+                    images[modality] = self._images(row, modality)
+                except ImageError as error:
+                    raise ImageError(f"{error} (row {row.number}, id {row.id!r})") from error
         return Sample(id=row.id, images=images, label=self._label(row))
 
     def _kept(self, row: Row, epoch: int, repeat: int) -> list[str]:
@@ -108,10 +117,16 @@ class ManifestDataset(Dataset[Sample]):
         if self.config.images == "one":
             chosen = int(torch.randint(len(files), ())) if self.train else 0
             files = files[chosen : chosen + 1]
-        # Volumes of several files may differ in size; the transform makes them equal.
         intensity = self.config.intensity_of(modality)
-        stacks = [read_image(file, self._slices(count_slices(file)), intensity=intensity) for file in files]
-        return torch.stack([self.transform(image) for stack in stacks for image in stack])
+        wanted = [(file, self._slices(_count(row, file))) for file in files]
+        fixed = [image for file, slices in wanted for image in self._fixed(row, file, slices, intensity)]
+        # Volumes of several files may differ in size; the transform makes them equal.
+        return torch.stack([self.transform.varied(image) for image in fixed])
+
+    def _fixed(self, row: Row, file: Path, slices: list[int], intensity: Intensity) -> list[Tensor]:
+        if self.cache and file in row.checked:
+            return self.cache.fixed(file, slices, intensity, row.checked[file])
+        return [self.transform.fixed(image) for image in read_image(file, slices, intensity=intensity)]
 
     def _slices(self, count: int) -> list[int]:
         if count == 1:
@@ -123,6 +138,14 @@ class ManifestDataset(Dataset[Sample]):
         if row.label is None:
             return None
         return torch.tensor(row.label, dtype=torch.float32 if self.multi_label else torch.int64)
+
+
+def _count(row: Row, file: Path) -> int:
+    """Slices of a file that is still what it was when its manifest was checked, if it came from one."""
+    if checked := row.checked.get(file):
+        require_unchanged(file, checked)
+        return checked.slices
+    return count_slices(file)
 
 
 def central_slices(count: int, wanted: int) -> list[int]:

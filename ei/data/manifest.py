@@ -20,17 +20,18 @@ imports no torch.
 """
 
 import csv
+import hashlib
 import io
 import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from ei.config import DataConfig
-from ei.data.audit import AuditCache, Facts, audit_image
+from ei.data.audit import AuditCache, Checked, Facts, audit_image
 from ei.data.images import ImageError
 from ei.data.listed import SPLITS, Fault, ListedFile, compare_copies, compare_looks, compare_scales, counted
 from ei.intensity import Intensity
@@ -57,6 +58,8 @@ class Row:
     """Index into the classes; or one 0 or 1 for each of them; None without labels."""
     images: dict[str, tuple[Path, ...]]
     """Modality -> its files, sorted; none if the sample lacks it."""
+    checked: dict[Path, Checked] = field(default_factory=dict, compare=False, repr=False)
+    """What each of the files was when it was read for the check."""
 
     def has_all(self, modalities: Collection[str]) -> bool:
         """Whether the sample has an image of each of these modalities."""
@@ -77,6 +80,8 @@ class Manifest:
     multi_label: bool
     warnings: tuple["Fault", ...] = ()
     """What may be meant, and may be an oversight."""
+    images_hash: str = ""
+    """SHA-256 over the contents of all images of the file, row by row: the table itself only names them."""
 
     def split(self, name: str) -> list[Row]:
         """The rows of a split, in the file's order.
@@ -163,7 +168,7 @@ def read_manifest(
     order = _class_order(records, config, classes, labelled, problems)
     labels = _labels(records, config, order, problems) if labelled else [None] * len(records)
     files = _Files(path.parent, config, problems)
-    images = [files.of(record) for record in records]
+    images_of = [files.of(record) for record in records]
     files.audit(use_cache=cache)
     warnings.extend(compare_scales(files.listed))
     if labelled:
@@ -175,10 +180,27 @@ def read_manifest(
     if faults := problems.by_row():
         raise ManifestError(path, faults, warnings.by_row())
     rows = tuple(
-        Row(record.number, record["id"], record.patient, record["split"] if labelled else "", label, files)
-        for record, label, files in zip(records, labels, images, strict=True)
+        Row(
+            record.number,
+            record["id"],
+            record.patient,
+            record["split"] if labelled else "",
+            label,
+            images,
+            {path: files.checked[path] for paths in images.values() for path in paths},
+        )
+        for record, label, images in zip(records, labels, images_of, strict=True)
     )
-    return Manifest(rows, config.modalities, order, config.multi_label, tuple(warnings.by_row()))
+    told = tuple(warnings.by_row())
+    return Manifest(rows, config.modalities, order, config.multi_label, told, _hash_of_images(rows))
+
+
+def _hash_of_images(rows: Iterable[Row]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        for modality, paths in row.images.items():
+            digest.update(f"{modality!r} {[row.checked[path].sha256 for path in paths]}\n".encode())
+    return digest.hexdigest()
 
 
 def _require_fitting(config: DataConfig, classes: Sequence[str] | None, labelled: bool) -> None:
@@ -407,6 +429,7 @@ class _Files:
 
     def __init__(self, folder: Path, config: DataConfig, problems: _Problems) -> None:
         self.listed: list[ListedFile] = []
+        self.checked: dict[Path, Checked] = {}
         self._folder = folder
         self._root = os.path.realpath(folder)
         self._config = config
@@ -442,6 +465,7 @@ class _Files:
             result = found[self._task(listed)]
             if isinstance(result, Facts):
                 listed.facts = result
+                self.checked[self._folder / listed.name] = Checked(result.sha256, result.state, result.slices)
             else:
                 self._problems.add(listed.row, f"{listed.modality}: {result}")
 

@@ -4,7 +4,7 @@ Images are (3, H, W), float32 in 0..1; results are (3, ``image_size``, ``image_s
 parts draw from torch's global CPU generator.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,26 @@ from torchvision.transforms import v2
 
 from ei.config import DataConfig
 
-Transform = Callable[[Tensor], Tensor]
+
+class Transform:
+    """Two parts, one after the other: ``fixed``, the same every time, then ``varied``, in which chance plays a part."""
+
+    def __init__(self, fixed: Sequence[nn.Module], varied: Sequence[nn.Module] = ()) -> None:
+        self._fixed, self._varied = nn.Sequential(*fixed), nn.Sequential(*varied)
+
+    def __call__(self, image: Tensor) -> Tensor:
+        return self.varied(self.fixed(image))
+
+    def fixed(self, image: Tensor) -> Tensor:
+        # In one order in memory, however the image came here: last bits may depend on it.
+        return self._fixed(image).contiguous()
+
+    def varied(self, image: Tensor) -> Tensor:
+        return self._varied(image)
+
+    def recipe(self) -> str:
+        """What the fixed part does, with all of its numbers."""
+        return repr(self._fixed)
 
 
 def evaluation_transform(config: DataConfig) -> Transform:
@@ -22,7 +41,7 @@ def evaluation_transform(config: DataConfig) -> Transform:
         With ``image_size=224``, mean 0.5 and std 0.25, a white (3, 480, 640) image becomes (3, 224, 224)
         of the value 2.0.
     """
-    return v2.Compose(_to_input(config))
+    return Transform(fixed=_to_input(config))
 
 
 def training_transform(config: DataConfig) -> Transform:
@@ -38,7 +57,10 @@ def training_transform(config: DataConfig) -> Transform:
 
     Source: arXiv 2603.17514, implementation details.
     """
-    return v2.Compose([*_augmentation(config), *_to_input(config)])
+    augmentation = _augmentation(config)
+    if not augmentation:
+        return evaluation_transform(config)
+    return Transform(fixed=[ShrinkLarge(2 * config.image_size)], varied=[*augmentation, *_to_input(config)])
 
 
 class ShrinkLarge(nn.Module):
@@ -80,7 +102,7 @@ def _augmentation(config: DataConfig) -> list[nn.Module]:
         parts.append(v2.RandomHorizontalFlip(config.flip))
     if config.jitter:
         parts.append(v2.ColorJitter(config.jitter, config.jitter, config.jitter))
-    return [ShrinkLarge(2 * config.image_size), *parts] if parts else []
+    return parts
 
 
 def _to_input(config: DataConfig) -> list[nn.Module]:

@@ -1,6 +1,7 @@
 """A small study on disk: two modalities of 8 x 8 px, three classes, and a run trained on it."""
 
 import csv
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -82,3 +83,13 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
 
     nothing = "data:image/svg+xml;base64,"
     monkeypatch.setattr(figures, "_as_picture", lambda figure, alt: figures.Picture(nothing, alt))
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A copy of it that may be spoilt."""
+    shutil.copytree(finished.parent, tmp_path / "copy")
+    config = Config.load(tmp_path / "copy/run/config.yaml")
+    moved = replace(config.data, manifest=str(tmp_path / "copy/study/manifest.csv"))
+    replace(config, data=moved).save(tmp_path / "copy/run/config.yaml")
+    return tmp_path / "copy/run"

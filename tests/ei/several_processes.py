@@ -3,7 +3,8 @@
     torchrun --standalone --nproc-per-node 2 tests/ei/several_processes.py CONFIG FOLDER OTHER_RUN
     torchrun --standalone --nproc-per-node 2 tests/ei/several_processes.py CONFIG FOLDER [killed|SIGTERM|SIGINT|nan]
 
-The first writes FOLDER/gradients.safetensors, trains into FOLDER/run, and evaluates another run again. The second is
+The first writes FOLDER/gradients.safetensors, trains into FOLDER/run, and evaluates another run again and predicts
+with it. The second is
 ``ei train``, broken in one way.
 """
 
@@ -17,7 +18,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from ei import evaluate, train
+from ei import evaluate, predict, train
 from ei.cli import run as command_line
 from ei.config import Config
 from ei.data.loaders import TrainingSteps
@@ -86,6 +87,7 @@ def compared(config_file: str, folder: str, other_run: str) -> None:
         save_file(found, Path(folder) / "gradients.safetensors")
     train(config, Path(folder) / "run")
     evaluate(other_run)
+    predict(other_run, config.data.manifest, Path(folder) / "predicted.csv")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 import csv
 import json
-import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ei import evaluate, evaluation, load, predict, train
 from ei.calibration import fit_temperature, probabilities
@@ -20,16 +20,6 @@ from ei.runs import load_trunk
 from ei.stored_logits import StoredLogits
 from ei.temperature import fit_temperatures
 from mor import trainable_parameters
-
-
-@pytest.fixture
-def run(finished, tmp_path):
-    """A copy that may be spoilt."""
-    shutil.copytree(finished.parent, tmp_path / "copy")
-    config = Config.load(tmp_path / "copy/run/config.yaml")
-    moved = replace(config.data, manifest=str(tmp_path / "copy/study/manifest.csv"))
-    replace(config, data=moved).save(tmp_path / "copy/run/config.yaml")
-    return tmp_path / "copy/run"
 
 
 def table(path) -> list[dict]:
@@ -91,39 +81,6 @@ def test_evaluating_again_gives_the_same(run):
     assert {name: (run / name).read_bytes() for name in before} == before
 
 
-def test_predict_without_labels(run, tmp_path):
-    source = run.parent / "study"
-    lines = (source / "manifest.csv").read_text().splitlines()
-    kept = [line.split(",") for line in lines if line.startswith(("id", "test"))]
-    (source / "new.csv").write_text("\n".join(",".join([row[0], *row[4:]]) for row in kept))
-    predict(run, source / "new.csv", tmp_path / "deep/out.csv")
-    new, old = table(tmp_path / "deep/out.csv"), table(run / "predictions.csv")[6:]
-    assert [row["label"] for row in new] == [""] * 9
-    for one, other in zip(new, old, strict=True):
-        assert one["fused:dark"] == other["fused:dark"] and one["weight:oct"] == other["weight:oct"]
-
-
-def test_ids_that_a_spreadsheet_would_run_are_text(run, tmp_path):
-    source = run.parent / "study"
-    text = (source / "manifest.csv").read_text()
-    (source / "new.csv").write_text(text.replace("test0,test0", '"=HYPERLINK(""x"")",@p').replace("test1,", "-1.5,"))
-    predict(run, source / "new.csv", tmp_path / "out.csv")
-    new, old = table(tmp_path / "out.csv")[18:], table(run / "predictions.csv")[6:]
-    assert [row["id"] for row in new[:3]] == ['\'=HYPERLINK("x")', "-1.5", "test2"]
-    assert new[0]["patient"] == "'@p"
-    numbers = [name for name in new[0] if ":" in name]
-    assert [[row[name] for name in numbers] for row in new] == [[row[name] for name in numbers] for row in old]
-
-
-def test_predictions_never_replace_their_manifest(run):
-    manifest = run.parent / "study/manifest.csv"
-    before = manifest.read_bytes()
-    for out in (manifest, manifest.parent / "../study/manifest.csv", run):
-        with pytest.raises(ValueError, match="out must be a file of its own"):
-            predict(run, manifest, out)
-    assert manifest.read_bytes() == before
-
-
 def test_batch_size_does_not_matter(finished):
     model, config = load(finished)
     rows = read_manifest(config.data.manifest, config.data, classes=config.data.classes).split("test")
@@ -171,6 +128,13 @@ def test_a_manifest_that_was_changed_since_training_is_refused(run):
         evaluate(run)
 
 
+@pytest.mark.fault("an image replaced between training and evaluation", "refused")
+def test_an_image_that_was_changed_since_training_is_refused(run):
+    Image.new("L", (8, 8), 99).save(run.parent / "study/test3_oct.png")
+    with pytest.raises(ValueError, match="an image of .* is not what it was when .* was trained"):
+        evaluate(run)
+
+
 def test_another_frozen_backbone_is_refused(run):
     config = Config.load(run / "config.yaml")
     replace(config, train=replace(config.train, seed=1)).save(run / "config.yaml")  # another random 'tiny'
@@ -211,7 +175,7 @@ def test_a_modality_that_a_row_lacks_has_no_logits_and_no_part_in_its_figures(fi
     logits = np.random.default_rng(0).normal(size=(3, 9, 3)).astype(np.float32)
     kinds = [evaluation.LOGITS, ("modality", "cfp"), ("modality", "oct")]
     found = dict(zip(kinds, logits, strict=True)), [row.id for row in rows]
-    monkeypatch.setattr(evaluation, "_predict", lambda *_: found)
+    monkeypatch.setattr(evaluation, "_outputs", lambda *_: iter([found]))
     predictions = predict_rows(None, rows, config, processes=Processes(torch.device("cpu")))
     assert np.isnan(predictions.modality_logits["oct"][:3]).all()
     assert np.isfinite(predictions.modality_logits["oct"][3:]).all() and np.isfinite(predictions.logits).all()

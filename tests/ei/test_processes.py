@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ei import train
+from ei import predict, train
 from ei.checkpoint import read_checkpoint
 from ei.config import Config
 from ei.processes import Processes
@@ -54,6 +54,7 @@ def results(config, tmp_path_factory) -> dict[str, Path]:
     try:
         save_file(gradients(config, Processes(torch.device("cpu"))), folders["one"] / "gradients.safetensors")
         train(config, folders["one"] / "run")
+        predict(folders["one"] / "run", config.data.manifest, folders["one"] / "predicted.csv")
     finally:
         torch.set_num_threads(threads)
     again = shutil.copytree(folders["one"] / "run", folders["two"] / "again")
@@ -85,6 +86,12 @@ def test_each_row_is_predicted_once_in_the_order_of_the_manifest(results):
         with (results[one] / run / "predictions.csv").open() as file:
             ids.append([row["id"] for row in csv.DictReader(file)])
     assert len(ids[0]) == 41 and ids[0] == ids[1]
+
+
+def test_predictions_are_the_same_bytes(results):
+    one, two = (folder / "predicted.csv" for folder in results.values())
+    assert one.read_bytes() == two.read_bytes()
+    assert not two.with_name("predicted.csv.parts").exists()
 
 
 EVALUATED = (("one", "run"), ("two", "again"))

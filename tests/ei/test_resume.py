@@ -349,6 +349,18 @@ def test_another_manifest_is_refused(config, stopped, lasting_manifest):
         train(config, stopped)
 
 
+@pytest.mark.fault("another image under the same name", "refused")
+def test_another_image_is_refused(config, stopped, lasting_manifest):
+    path = lasting_manifest.parent / "train3_oct.png"
+    content = path.read_bytes()
+    try:
+        path.write_bytes((lasting_manifest.parent / "train3_cfp.png").read_bytes())
+        with pytest.raises(ValueError, match="an image of .* is not what it was when .* was begun"):
+            train(config, stopped)
+    finally:
+        path.write_bytes(content)
+
+
 @pytest.mark.fault("other frozen weights", "refused")
 def test_other_frozen_weights_are_refused(config, stopped, monkeypatch):
     load = training.load_trunk

@@ -38,6 +38,7 @@ def test_a_run_folder_is_complete(finished):
     steps = ("step-000000001", "step-000000005")  # before the first step, and after the second
     kept |= {f"{stage}/snapshots/{step}/{name}" for stage in stages for step in steps for name in in_snapshot}
     results = {"metrics.json", "predictions.csv", "gates.json", "report.html"}
+    results |= {"logits.npz", "errors.json", "cost.json"}
     assert files == kept | results | {"config.yaml", ".lock"}
 
 
@@ -276,6 +277,26 @@ def test_the_number_of_workers_changes_nothing(manifest, tmp_path, study_config)
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_the_image_cache_changes_nothing_and_serves_other_runs(manifest, tmp_path, study_config, monkeypatch):
+    import ei.data.image_cache as image_cache
+
+    config = study_config(manifest, epochs=2)
+    cached = replace(config, data=replace(config.data, cache=str(tmp_path / "cache")))
+    plain = train(config, tmp_path / "plain")
+    assert Config.load(train(cached, tmp_path / "run") / "config.yaml").data.cache == str(tmp_path / "cache")
+    monkeypatch.setattr(image_cache, "read_image", None)  # all is there
+    train(cached, tmp_path / "again")
+    monkeypatch.undo()
+    moved = replace(cached, train=replace(cached.train, stage1_from=str(plain)))
+    train(moved, tmp_path / "second")
+    for run in ("run", "again", "second"):
+        for stage in ("stage1/cfp", "stage2"):
+            one, other = (read_checkpoint(folder / stage / "best.safetensors") for folder in (plain, tmp_path / run))
+            assert all(torch.equal(tensor, other.parameters[name]) for name, tensor in one.parameters.items())
+        assert (tmp_path / run / "metrics.json").read_bytes() == (plain / "metrics.json").read_bytes()
+    train(config, tmp_path / "run")  # is finished, and a run goes on without its cache
+
+
 def test_a_run_in_bf16_notes_the_frozen_weights_as_they_were(manifest, tmp_path, study_config):
     """In training they are held in bf16, and stage 2 begins from the same ones."""
     run = train(study_config(manifest, precision="bf16"), tmp_path / "run")
@@ -489,6 +510,23 @@ def test_a_file_that_vanishes_stops_the_run(manifest, tmp_path, monkeypatch, stu
     monkeypatch.setattr(training, "read_manifest", read_then_lose)
     with pytest.raises(ValueError, match="train3_oct.png"):
         train(study_config(manifest, stages="2"), tmp_path / "run")
+
+
+@pytest.mark.fault("an image replaced between two epochs", "stopped, the file and its row named")
+def test_a_file_that_changes_between_epochs_stops_the_run(manifest, tmp_path, monkeypatch, study_config):
+    import ei.training as training
+
+    close = training.Loop._close_epoch
+
+    def close_and_change(self, *args):
+        close(self, *args)
+        if self.at.epoch == 2:
+            Image.new("L", (8, 8), 99).save(manifest.parent / "train3_oct.png")
+
+    monkeypatch.setattr(training.Loop, "_close_epoch", close_and_change)
+    with pytest.raises(ValueError, match=r"train3_oct.png: has changed since .* \(row 5, id 'train3'\)"):
+        train(study_config(manifest, stages="2", epochs=3), tmp_path / "run")
+    assert history(tmp_path / "run/stage2")[-1]["epoch"] == 1
 
 
 def test_sixteen_bit_images_reach_the_model(manifest, tmp_path, study_config):

@@ -1,6 +1,7 @@
 """Rows as samples: what is read, that chance depends on (seed, epoch, id) alone, and the order of an epoch."""
 
 import math
+import os
 import pickle
 from collections import Counter
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from ei.config import DataConfig
+from ei.data import audit
 from ei.data.dataset import (
     Draw,
     ManifestDataset,
@@ -26,7 +28,7 @@ from ei.data.dataset import (
     random_slices,
 )
 from ei.data.images import ImageError
-from ei.data.manifest import Row
+from ei.data.manifest import Row, read_manifest
 from ei.data.sample import Batch, Sample, collate
 from ei.data.transforms import evaluation_transform
 
@@ -127,6 +129,82 @@ def test_one_takes_the_first_at_evaluation_and_each_by_chance_in_training(tmp_pa
     assert min(drawn.values()) > 8
 
 
+@pytest.fixture
+def checked_row(tmp_path: Path) -> Row:
+    """Of a manifest that was read."""
+    grey(tmp_path / "a.png", 7)
+    (tmp_path / "m.csv").write_text("id,cfp\nfirst,a.png\n")
+    config = replace(BARE, modalities=("cfp",))
+    return read_manifest(tmp_path / "m.csv", config, classes=("x", "y"), labelled=False).rows[0]
+
+
+def later(path: Path) -> None:
+    """Another time of the inode, however coarse the clock."""
+    before = path.stat().st_ctime_ns
+    while path.stat().st_ctime_ns == before:
+        path.chmod(0o600)
+        path.chmod(0o644)
+
+
+@pytest.mark.fault("an image that changes after the check", "whoever reads it next stops; file and row named")
+@pytest.mark.parametrize("how", ["written again", "replaced", "of the same size and time", "shorter", "directory"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_that_changed_after_the_check_is_not_used(
+    tmp_path: Path, checked_row: Row, how: str, workers: int
+) -> None:
+    path, state = tmp_path / "a.png", (tmp_path / "a.png").stat()
+    loader = DataLoader(
+        dataset([checked_row], replace(BARE, modalities=("cfp",))), collate_fn=collate, num_workers=workers
+    )
+    assert [batch.ids for batch in loader] == [["first"]]
+    match how:
+        case "written again":
+            grey(path, 8)
+        case "replaced":
+            os.replace(grey(tmp_path / "b.png", 8), path)
+        case "of the same size and time":
+            later(path)
+            content = path.read_bytes()
+            path.write_bytes(grey(tmp_path / "b.png", 8).read_bytes())
+            assert len(path.read_bytes()) == len(content)
+            os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+        case "shorter":
+            path.write_bytes(path.read_bytes()[:20])
+        case "directory":
+            path.unlink()
+            path.mkdir()
+    reason = "is a directory" if how == "directory" else "has changed since the manifest was checked"
+    batches = iter(loader)
+    with pytest.raises(ImageError, match=rf"a\.png: {reason}.* \(row 2, id 'first'\)"):
+        next(batches)
+    assert not list(batches)  # to the end, which stops the worker at once
+
+
+def test_a_file_that_only_looks_changed_is_used_and_read_once_for_that(
+    tmp_path: Path, checked_row: Row, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "a.png").unlink()
+    (tmp_path / "a.png").write_bytes(content)
+    os.utime(tmp_path / "a.png", (1, 1))
+    hashed: list[Path] = []
+    sha256 = audit._sha256
+    monkeypatch.setattr(audit, "_sha256", lambda path: hashed.append(path) or sha256(path))
+    data = dataset([checked_row], replace(BARE, modalities=("cfp",)))
+    for _ in range(3):
+        assert levels(data[0], "cfp") == [7]
+    assert hashed == [tmp_path / "a.png"]
+
+
+def test_the_slices_of_a_checked_volume_are_not_counted_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    volume(tmp_path / "a.npy", 17)
+    (tmp_path / "m.csv").write_text("id,oct\nfirst,a.npy\n")
+    config = replace(BARE, modalities=("oct",))
+    row = read_manifest(tmp_path / "m.csv", config, classes=("x", "y"), labelled=False).rows[0]
+    monkeypatch.setattr("ei.data.dataset.count_slices", None)
+    assert levels(dataset([row], config)[0], "oct") == [2, 6, 10, 14]
+
+
 @pytest.mark.parametrize(("count", "central"), [(1, [0]), (2, [0, 0, 0, 0]), (3, [0, 0, 1, 1]), (17, [2, 6, 10, 14])])
 @pytest.mark.parametrize("images", ["mean", "one"])
 def test_a_volume_gives_slices(tmp_path: Path, count: int, central: list[int], images: Literal["mean", "one"]) -> None:
@@ -170,7 +248,7 @@ def test_a_file_that_vanished_is_an_error_in_a_worker_too(tmp_path: Path) -> Non
     data = dataset([row(0, cfp=[photo], oct=[tmp_path / "gone.png"]), row(1, cfp=[photo], oct=[photo])])
     for workers in (0, 1):
         batches = iter(DataLoader(data, collate_fn=collate, num_workers=workers))
-        with pytest.raises(ImageError, match=r"gone\.png: does not exist"):
+        with pytest.raises(ImageError, match=r"gone\.png: does not exist \(row 0, id 'id0'\)"):
             next(batches)
         # To the end, which stops the worker at once; left to the garbage collector it takes five seconds.
         assert [batch.ids for batch in batches] == [["id1"]]
