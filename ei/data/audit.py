@@ -40,6 +40,8 @@ _SMALLEST_SIDE = 32
 """Pixels; smaller images are too coarse to tell apart and get no fingerprint."""
 _LEAST_CONTRAST = 0.02
 """Of the fingerprint; without it all images look alike."""
+_SEEN = 128
+"""Rows and columns of pixels of which an impression is taken."""
 _LARGEST_16_BIT = 65535
 _CHUNK = 2**20
 _VERSION = f"2, Pillow {PIL.__version__}"
@@ -71,6 +73,8 @@ class Facts:
     slices: int = 1
     state: State = ()
     """When it was read."""
+    appearance: tuple[float, ...] = ()
+    """Height, width and slices; and of the middle slice, in 0..1, how colourful, bright and rich in contrast it is."""
 
 
 def audit_image(path: Path, intensity: Intensity) -> Facts:
@@ -80,14 +84,15 @@ def audit_image(path: Path, intensity: Intensity) -> Facts:
         ImageError: it cannot be used.
     """
     state, slices = file_state(path), count_slices(path)
-    brightest, fingerprint, middle = 0, "", slices // 2
+    brightest, fingerprint = 0, ""
+    appearance: tuple[float, ...] = ()
     for index, (slice_, unit) in enumerate(read_slices(path, intensity=intensity)):
         by_16_bits = (slice_.black, slice_.white, slice_.window) == (0, _LARGEST_16_BIT, None)
         if by_16_bits and intensity.rule == "type":
             brightest = max(brightest, int(slice_.values.max()))
-        if index == middle:
-            fingerprint = _fingerprint(unit)
-    facts = Facts(_sha256(path), fingerprint, brightest, slices, state)
+        if index == slices // 2:
+            fingerprint, appearance = _fingerprint(unit), (*unit.shape[:2], slices, *_impression(unit))
+    facts = Facts(_sha256(path), fingerprint, brightest, slices, state, appearance)
     if file_state(path)[:2] != state[:2]:
         raise ImageError(f"{path}: was changed while it was read")
     return facts
@@ -172,7 +177,10 @@ class AuditCache:
         except (OSError, ValueError):
             return {}
         entries: dict[str, dict[str, Any]] = json.loads(content) if checksum == _checksum(content) else {}
-        return {key: Facts(**{**facts, "state": tuple(facts["state"])}) for key, facts in entries.items()}
+        tuples = ("state", "appearance")
+        return {
+            key: Facts(**{**facts, **{name: tuple(facts[name]) for name in tuples}}) for key, facts in entries.items()
+        }
 
 
 def _cache_home() -> Path:
@@ -214,6 +222,14 @@ def _fingerprint(pixels: NDArray[np.float32]) -> str:
     if high - low < _LEAST_CONTRAST:
         return ""
     return base64.b64encode(np.rint(between(small, low, high) * 255).astype(np.uint8).tobytes()).decode()
+
+
+def _impression(pixels: NDArray[np.float32]) -> tuple[float, float, float]:
+    """Colour (how far channels are apart), brightness and contrast of (H, W) or (H, W, 3), by some of its pixels."""
+    height, width = pixels.shape[:2]
+    some = np.atleast_3d(pixels[:: -(-height // _SEEN), :: -(-width // _SEEN)])
+    colour = (some.max(axis=2) - some.min(axis=2)).mean()
+    return round(float(colour), 4), round(float(some.mean()), 4), round(float(some.mean(axis=2).std()), 4)
 
 
 def _edges(fingerprints: Sequence[str]) -> NDArray[np.float32]:

@@ -76,7 +76,7 @@ def compare_copies(listed: Sequence[ListedFile]) -> tuple[list[Fault], list[Faul
         places = ", ".join(map(str, shown))
         text = f"{reported.modality}: the same image is that of {len(files)} patients{where}: {places}"
         (leaks if others else within).append(Fault(reported.row, text))
-    return leaks, _shortened(within, "images are the same for several patients of one split")
+    return leaks, shortened(within, "images are the same for several patients of one split")
 
 
 def compare_looks(listed: Sequence[ListedFile]) -> list[Fault]:
@@ -93,7 +93,7 @@ def compare_looks(listed: Sequence[ListedFile]) -> list[Fault]:
         for ours, theirs in pairs
         for one, other in _lookalikes(ours, theirs)
     ]
-    return _shortened(found, "pairs of images look the same in two splits")
+    return shortened(found, "pairs of images look the same in two splits")
 
 
 def compare_scales(listed: Sequence[ListedFile]) -> list[Fault]:
@@ -126,6 +126,7 @@ def _lookalikes(ours: Sequence[ListedFile], theirs: Sequence[ListedFile]) -> Ite
                 yield one, other
 
 
-def _shortened(found: list[Fault], what: str) -> list[Fault]:
+def shortened(found: list[Fault], what: str) -> list[Fault]:
+    """The first of many, and how many more there are."""
     more = len(found) - _SHOWN
     return [*found[:_SHOWN], Fault(0, f"{more} more {what}")] if more > 0 else found

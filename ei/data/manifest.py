@@ -32,6 +32,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from ei.config import DataConfig
 from ei.data.audit import AuditCache, Checked, Facts, audit_image
+from ei.data.exchanged import compare_modalities
 from ei.data.images import ImageError
 from ei.data.listed import SPLITS, Fault, ListedFile, compare_copies, compare_looks, compare_scales, counted
 from ei.intensity import Intensity
@@ -170,7 +171,7 @@ def read_manifest(
     files = _Files(path.parent, config, problems)
     images_of = [files.of(record) for record in records]
     files.audit(use_cache=cache)
-    warnings.extend(compare_scales(files.listed))
+    warnings.extend([*compare_scales(files.listed), *compare_modalities(files.listed)])
     if labelled:
         leaks, copies = compare_copies(files.listed)
         problems.extend(leaks)

@@ -69,6 +69,35 @@ def test_the_brightest_number_is_that_of_16_bits_by_type(tmp_path: Path) -> None
     assert audit_image(save(scene(0), tmp_path / "a.png"), BY_TYPE).brightest == 0
 
 
+def test_what_an_image_looks_like(tmp_path: Path) -> None:
+    colour = np.zeros((40, 60, 3), np.uint8)
+    colour[:20] = (255, 0, 51)
+    rows = (np.arange(300)[:, None] < 150) * np.ones((1, 200))
+    cases = [
+        (colour, (40, 60, 1, 0.5, 0.2, 0.2)),
+        (colour[..., 0], (40, 60, 1, 0, 0.5, 0.5)),
+        ((rows * 255).astype(np.uint8), (300, 200, 1, 0, 0.5, 0.5)),  # of which not every pixel is looked at
+    ]
+    for pixels, (height, width, slices, *impression) in cases:
+        found = audit_image(save(pixels, tmp_path / "a.png"), BY_TYPE).appearance
+        assert found[:3] == (height, width, slices)
+        np.testing.assert_allclose(found[3:], impression, atol=1e-3)
+    np.save(tmp_path / "a.npy", np.stack([np.full((5, 6), level, np.uint8) for level in (0, 102, 255)]))
+    assert audit_image(tmp_path / "a.npy", BY_TYPE).appearance == (5, 6, 3, 0, 0.4, 0)
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(scene(0), tmp_path / "a.png")
+
+    def changed(pixels: NDArray[Any]) -> str:
+        save(scene(1), path)
+        return ""
+
+    monkeypatch.setattr("ei.data.audit._fingerprint", changed)
+    with pytest.raises(ImageError, match=r"a\.png: was changed while it was read"):
+        audit_image(path, BY_TYPE)
+
+
 # Memory
 
 
