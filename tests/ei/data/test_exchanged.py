@@ -118,6 +118,22 @@ def test_small_tables_and_files_without_facts_are_passed_over() -> None:
     assert told([file for file in files if (file.modality, file.row) != ("oct", 6)]) == []
 
 
+def test_one_file_in_the_wrong_column_is_no_exchange() -> None:
+    cfp, oct_ = eyes(200)
+    cfp[20] = oct_[21]
+    assert told(table(cfp=cfp, oct=oct_)) == []
+
+
+def test_what_varies_in_both_columns_says_little() -> None:
+    """Images of all sizes, of which colour tells the modality."""
+    generator = np.random.default_rng(0)
+    cfp, oct_ = (looks(100, generator, (colour, 0.4, 0.3), [SCAN]) for colour in (0.4, 0))
+    for column in (cfp, oct_):
+        column[:, :2] *= np.exp(generator.normal(0, 1, (100, 2)))
+    swapped(cfp, oct_, [7])
+    assert told(table(cfp=cfp, oct=oct_)) == [7]
+
+
 def test_of_three_modalities_the_two_are_named() -> None:
     cfp, oct_ = eyes(40)
     flair = looks(40, np.random.default_rng(1), (0, 0.6, 0.3), [(256, 256)])
