@@ -42,7 +42,9 @@ def read_run(run: Path) -> RunFiles:
     """
     folder = RunFolder(run)
     metrics = _read_metrics(folder.metrics)
-    stages = {f"Stage 1, {name}": folder.stage1(name) for name in metrics["modalities"]} | {"Stage 2": folder.stage2}
+    stages = {f"Stage 1, {name}": folder.stage1(name) for name in metrics["modalities"]}
+    stages |= {f"Stage 1, auxiliary {name}": folder.stage1(name, auxiliary=True) for name in metrics["modalities"]}
+    stages |= {"Stage 2": folder.stage2}
     return RunFiles(
         name=run.resolve().name,
         config=_read_config(folder.config),
