@@ -719,3 +719,10 @@ def test_subsets_that_are_no_figures_are_named(small: Path) -> None:
     change_metrics(small, splits=splits)
     with pytest.raises(ValueError, match=r"metrics.json, 'cfp' of test lacks patients, overall"):
         write_report(small)
+
+
+def test_the_first_stage_of_auxiliary_vits_is_drawn(finished, undrawn, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    shutil.copytree(finished / "stage1/oct", tmp_path / "run/stage1-auxiliary/oct")
+    text = write_report(tmp_path / "run").read_text()
+    assert "Stage 1, auxiliary oct" in text and "Stage 1, auxiliary cfp" not in text
