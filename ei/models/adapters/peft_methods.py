@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import mor
 from ei.config import OF_PEFT, ModelConfig
@@ -20,28 +20,26 @@ def method_of_peft(backbone: Backbone, config: ModelConfig) -> None:
     """Any method of peft's registry that works layer by layer, with its own defaults, on ``config.targets``.
 
     LN tuning goes to every LayerNorm of the ViT. (IA)^3 scales what the second layer of an MLP reads, and what other
-    targets give.
+    targets give. Whatever the seed of a run, a method draws the same random numbers: some keep what they drew as it
+    is, which no checkpoint holds.
 
     Raises:
         ImportError: peft is not installed.
-        ValueError: peft has no such method; it cannot be used so; or it changes the frozen weights, or keeps random
-            tensors that it does not train, of which neither would be in a checkpoint.
+        ValueError: peft has no such method, or it cannot be used so: it needs settings that have no default, trains
+            nothing, or changes the frozen weights themselves.
     """
     vit, name = backbone.vit, config.adapter.removeprefix(OF_PEFT)
     targets = _layer_norms(vit) if name == "ln_tuning" else resolve(vit, config.targets)
-    prepare(vit, targets)
-    # peft may do anything to a model, so it does it to a copy first: the trunk's own tensors hang in this one.
+    prepare(vit, targets)  # an nn.MultiheadAttention reads its weights, and is made to call layers
+    # On a copy first, to which a method may do what it likes: the tensors of the trunk hang in this one.
     trial = copy.deepcopy(vit)
-    before = [tensor.clone() for tensor in _tensors(trial)]
-    same = list(_tensors(trial))
+    frozen = list(trial.parameters())
     _inject(trial, name, targets)
     if not mor.trainable_parameters(trial):
-        raise ValueError(f"adapter '{config.adapter}' would train nothing")
-    if not _equal(before, same):
-        raise ValueError(f"adapter '{config.adapter}' changes the frozen weights themselves, which cannot be kept")
+        raise ValueError(f"adapter '{config.adapter}' would train nothing of the ViT")
+    if not all(_equal(tensor, copied) for tensor, copied in zip(vit.parameters(), frozen, strict=True)):
+        raise ValueError(f"adapter '{config.adapter}' changes the frozen weights themselves, which are shared here")
     _inject(vit, name, targets)
-    if not _equal(_untrained(trial), _untrained(vit)):
-        raise ValueError(f"adapter '{config.adapter}' keeps random tensors that are not trained, and would be lost")
 
 
 def _inject(vit: nn.Module, name: str, targets: list[str]) -> None:
@@ -60,9 +58,12 @@ def _inject(vit: nn.Module, name: str, targets: list[str]) -> None:
     # Patterns of whole names: peft takes a name in a list for the end of one, and 'norm' would mean attn.norm, too.
     settings: dict[str, Any] = {"target_modules": _pattern(targets)}
     if name == "ia3":
-        settings["feedforward_modules"] = _pattern([each for each in targets if role_of(vit, [each])[each] == "fc2"])
+        settings["feedforward_modules"] = _pattern(
+            each for each, role in role_of(vit, targets).items() if role == "fc2"
+        )
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
             # Said of every LayerNorm that is a subclass of torch's, as timm's are.
             warnings.filterwarnings("ignore", "Unsupported layer type .*LayerNorm")
             inject_adapter_in_model(configs[name](**settings), vit)
@@ -79,13 +80,5 @@ def _pattern(names: Iterable[str]) -> str:
     return "|".join(map(re.escape, names))
 
 
-def _tensors(module: nn.Module) -> list[torch.Tensor]:
-    return [*module.parameters(), *module.buffers()]
-
-
-def _untrained(module: nn.Module) -> list[torch.Tensor]:
-    return [tensor for tensor in _tensors(module) if not tensor.requires_grad]
-
-
-def _equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
-    return len(one) == len(other) and all(a.is_meta or torch.equal(a, b) for a, b in zip(one, other, strict=True))
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.is_meta or torch.equal(one, other)

@@ -29,9 +29,8 @@ def rlrr(backbone: Backbone, config: ModelConfig) -> None:
     norms = [f"blocks.{block}.{norm}" for block in range(backbone.depth) for norm in ("norm1", "norm2")]
     if not isinstance(backbone, TimmBackbone) or not all(hasattr(block, "norm2") for block in vit.blocks):
         raise ValueError("adapter 'rlrr' needs a backbone from timm, with blocks of one attention, then one MLP")
-    for name in resolve(vit, "all"):
-        packed = 3 if role_of(vit, [name])[name] == "qkv" else 1
-        vit.set_submodule(name, RescaledLinear(vit.get_submodule(name), packed))
+    for name, role in role_of(vit, resolve(vit, "all")).items():
+        vit.set_submodule(name, RescaledLinear(vit.get_submodule(name), packed=3 if role == "qkv" else 1))
     # timm keeps the final norm in one of two places, the other is the identity.
     final = "norm" if isinstance(vit.fc_norm, nn.Identity) else "fc_norm"
     for name in [*norms, final, *(["patch_embed"] if config.scale_patches else [])]:
