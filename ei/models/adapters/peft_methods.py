@@ -20,8 +20,7 @@ def method_of_peft(backbone: Backbone, config: ModelConfig) -> None:
     """Any method of peft's registry that works layer by layer, with its own defaults, on ``config.targets``.
 
     LN tuning goes to every LayerNorm of the ViT. (IA)^3 scales what the second layer of an MLP reads, and what other
-    targets give. Whatever the seed of a run, a method draws the same random numbers: some keep what they drew as it
-    is, which no checkpoint holds.
+    targets give.
 
     Raises:
         ImportError: peft is not installed.
@@ -62,8 +61,7 @@ def _inject(vit: nn.Module, name: str, targets: list[str]) -> None:
             each for each, role in role_of(vit, targets).items() if role == "fc2"
         )
     try:
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)
+        with warnings.catch_warnings():
             # Said of every LayerNorm that is a subclass of torch's, as timm's are.
             warnings.filterwarnings("ignore", "Unsupported layer type .*LayerNorm")
             inject_adapter_in_model(configs[name](**settings), vit)
