@@ -29,6 +29,32 @@ def _comma_separated(of: type) -> PrimitiveConstructorSpec:
     )
 
 
+# What of the model's settings changes something with each adapter; any of huggingface/peft's is 'peft:NAME'.
+_EXPERTS = ("targets", "ranks", "alphas", "dropout", "blocks")
+ADAPTERS: dict[str, tuple[str, ...]] = {
+    "mor": _EXPERTS,
+    "lora": _EXPERTS,
+    "loramoe": _EXPERTS,
+    "frozen": (),
+    "full": (),
+    "bitfit": (),
+    "vpt": ("prompts",),
+    "rlrr": ("scale_patches",),
+    "losa": ("ranks", "blocks"),
+    "latelora": ("ranks", "blocks"),
+}
+OF_PEFT = "peft:"
+
+AdapterName = Annotated[
+    str,
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="{" + ",".join((*ADAPTERS, OF_PEFT + "NAME")) + "}",
+        instance_from_str=lambda words: words[0],
+        is_instance=lambda value: isinstance(value, str),
+        str_from_instance=lambda value: [value],
+    ),
+]
 Names = Annotated[tuple[str, ...], _comma_separated(str)]
 Integers = Annotated[tuple[int, ...], _comma_separated(int)]
 Floats = Annotated[tuple[float, ...], _comma_separated(float)]
@@ -155,18 +181,28 @@ class ModelConfig:
     """Load the backbone's published weights from the hub (ignored by 'tiny' and with --weights)."""
     weights: str = ""
     """A local .safetensors or .pth file with the backbone's weights; 'tiny' is random without one."""
-    adapter: Literal["mor", "lora", "loramoe", "frozen", "full"] = "mor"
-    """How the backbone learns: Mixture of Ranks, one LoRA, equal LoRAs with a router, not at all, all of it."""
+    adapter: AdapterName = "mor"
+    """How the backbone learns. mor, lora, loramoe: Mixture of Ranks, one LoRA, equal LoRAs with a router; frozen,
+    full, bitfit: not at all, all of it, its biases; vpt: prompts before each block; rlrr: rescaled weights; losa: a
+    network beside it (fusion 'late' only); latelora: LoRA on q and v of the later blocks; peft:NAME: a method of
+    huggingface/peft with its own defaults, such as peft:ia3 or peft:ln_tuning."""
     targets: Names = ("fc",)
     """Layers that the adapters go to: qkv, proj, fc, fc1, fc2, or patterns of module names."""
     ranks: Integers = ()
-    """Ranks of the experts; empty: 2,4,8 for mor, 4 for lora, 4,4,4 for loramoe."""
+    """Ranks of the experts; empty: 2,4,8 for mor, 4,4,4 for loramoe, and a single 4 for lora, losa and latelora."""
+    blocks: Integers = ()
+    """Blocks that are adapted, from 0; empty: all, for latelora the second half; losa reads after these, and after
+    every second and the last if empty (its paper leaves them open)."""
     alphas: Floats = ()
     """Alpha of each expert, which is scaled by alpha / rank; empty: twice its rank."""
     bypass: bool = True
     """The router of mor has an output without an expert, so that it may decline to adapt."""
     dropout: float = 0.0
     """Dropout on what the experts read."""
+    prompts: int = 5
+    """Tokens that vpt puts before each block."""
+    scale_patches: bool = True
+    """rlrr scales and shifts the patch embedding, too, as its parameter count in EI's paper has it."""
     int_hidden: int = 384
     """Hidden width of the network that turns a reference's summary into an intervention token."""
     int_from: int = 0
@@ -189,10 +225,24 @@ class ModelConfig:
             return None
         return replace(self, backbone=self.aux_backbone, weights=self.aux_weights, aux_backbone="", aux_weights="")
 
+    @property
+    def _used(self) -> tuple[str, ...]:
+        """The settings that the adapter heeds."""
+        if self.adapter in ADAPTERS:
+            return ADAPTERS[self.adapter]
+        return () if self.adapter == OF_PEFT + "ln_tuning" else ("targets",)
+
     def __post_init__(self) -> None:
         _require(self.fusion in ("ei", "late"), "fusion", "'ei' or 'late'", self.fusion)
-        adapters = ("mor", "lora", "loramoe", "frozen", "full")
-        _require(self.adapter in adapters, "adapter", f"one of {', '.join(adapters)}", self.adapter)
+        of_peft = self.adapter.startswith(OF_PEFT)
+        known = f"one of {', '.join(ADAPTERS)}, or {OF_PEFT}NAME"
+        _require(self.adapter in ADAPTERS or (of_peft and self.adapter != OF_PEFT), "adapter", known, self.adapter)
+        _require(self.prompts >= 1, "prompts", "at least 1", self.prompts)
+        numbers = all(block >= 0 for block in self.blocks) and len(set(self.blocks)) == len(self.blocks)
+        _require(numbers, "blocks", "different numbers from 0 on", self.blocks)
+        # Intervention tokens would change the number of tokens, which its layers are made for.
+        alone = self.fusion == "late" or self.adapter != "losa"
+        _require(alone, "fusion", "'late' with adapter 'losa', which works for one number of tokens", self.fusion)
         _require(self.int_hidden >= 1, "int_hidden", "at least 1", self.int_hidden)
         _require(self.int_from >= 0, "int_from", "at least 0", self.int_from)
         _require(self.int_at >= 0, "int_at", "at least 0", self.int_at)
@@ -202,8 +252,8 @@ class ModelConfig:
             intervention = ("int_hidden", "int_from", "int_at", "aux_backbone", "aux_weights", "share_adapters")
             _refuse_idle(self, intervention, "fusion 'late'")
         # To say that there is no bypass is right of all adapters but mor, so it is allowed.
-        if self.adapter in ("frozen", "full"):
-            _refuse_idle(self, ("targets", "ranks", "alphas", "dropout"), f"adapter '{self.adapter}'")
+        settings = {name for used in ADAPTERS.values() for name in used}
+        _refuse_idle(self, list(settings.difference(self._used)), f"adapter '{self.adapter}'")
         if self.adapter == "frozen":
             _refuse_idle(self, ("share_adapters",), "adapter 'frozen'")
         if not self.aux_backbone:
@@ -307,6 +357,8 @@ class Config:
     def __post_init__(self) -> None:
         if self.model.fusion == "late":
             _refuse_idle(self.train, ("aux_weight",), "fusion 'late'")
+        compiled = self.train.compile != "off" and self.model.adapter.startswith(OF_PEFT)
+        _require(not compiled, "compile", f"'off' with adapter '{self.model.adapter}'", self.train.compile)
 
     @property
     def auxiliary(self) -> Self | None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ei.checkpoint import Checkpoint, read_checkpoint, restore
-from ei.config import Config
+from ei.config import ADAPTERS, Config
 from ei.data.manifest import Manifest
 from ei.models import Backbone, build_model, load_backbone
 from ei.run_folder import RunFolder
@@ -114,7 +114,12 @@ def stage1_checkpoint(
     if not folder.stage1(modality, auxiliary).finished.is_file():
         raise ValueError(f"stage1_from {folder.path} cannot be used here, its stage 1 of '{modality}' is not finished")
     checkpoint = best_checkpoint(folder, modality, auxiliary=auxiliary)
-    model_fields = ("backbone", "adapter", "targets", "ranks", "alphas", "bypass", "dropout")
+    model_fields = (
+        "backbone",
+        "adapter",
+        "bypass",
+        *dict.fromkeys(name for used in ADAPTERS.values() for name in used),
+    )
     # Of the same table, one modality's rows are the same however missing ones are treated.
     different = [
         name

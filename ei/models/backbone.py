@@ -1,11 +1,9 @@
 """Which backbone a configuration means, and how it learns."""
 
-import copy
-
 import torch
 
-import mor
 from ei.config import ModelConfig
+from ei.models.adapters import method
 from ei.models.vit import Backbone
 from ei.models.vit_timm import load_timm, load_tiny
 
@@ -59,40 +57,15 @@ def load_backbone(config: ModelConfig, image_size: int) -> Backbone:
 def adapted(trunk: Backbone, config: ModelConfig) -> Backbone:
     """A backbone of ``trunk``'s weights that learns as ``config.adapter`` says; ``trunk`` stays as it is.
 
-    'mor', 'lora' and 'loramoe' are Mixture-of-Ranks layers on ``config.targets``: with ranks 2, 4, 8 and,
-    as ``config.bypass`` says, a bypass; one of rank 4 without; three of rank 4 without. They and 'frozen'
-    share the trunk's frozen tensors; with 'full' everything trains, so everything is copied.
+    What is frozen are the trunk's own tensors, what is trained is new; see :mod:`ei.models.adapters`.
 
     Raises:
-        ValueError: ``config.ranks`` does not go with the adapter, or a target matches nothing.
-
-    Source: arXiv 2603.17514, section 3.4.
+        ValueError: a setting does not go with the adapter or the backbone, or a target matches nothing.
 
     >>> trunk = load_backbone(ModelConfig(backbone="tiny"), image_size=32)
     >>> sum(p.numel() for p in adapted(trunk, ModelConfig()).parameters() if p.requires_grad)
     40992
     """
-    settings = _adapter_settings(config)
-    if config.adapter == "full":
-        return copy.deepcopy(trunk).requires_grad_(True)
     backbone = trunk.fork()
-    if settings is not None:
-        mor.inject(backbone.vit, config.targets, settings)
+    method(config.adapter)(backbone, config)
     return backbone
-
-
-def _adapter_settings(config: ModelConfig) -> mor.MoRConfig | None:
-    default: dict[str, tuple[int, ...]] = {"mor": (2, 4, 8), "lora": (4,), "loramoe": (4, 4, 4)}
-    if config.adapter not in default:
-        return None
-    ranks = config.ranks or default[config.adapter]
-    if config.adapter == "lora" and len(ranks) != 1:
-        raise ValueError(f"ranks must be a single rank with adapter 'lora', got {ranks}; several are 'mor'")
-    if config.adapter == "loramoe" and (len(ranks) < 2 or len(set(ranks)) != 1):
-        raise ValueError(f"ranks must be two or more equal ones with adapter 'loramoe', got {ranks}")
-    return mor.MoRConfig(
-        ranks=ranks,
-        alphas=config.alphas or None,
-        bypass=config.bypass and config.adapter == "mor",
-        dropout=config.dropout,
-    )

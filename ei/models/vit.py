@@ -36,6 +36,10 @@ class Backbone(nn.Module):
         image_size: Side of the images, in pixels.
         patch_size: Side of a patch. Where it does not divide ``image_size``, images are padded with zeros
             on the right and at the bottom (as timm's ``dynamic_img_pad`` does).
+        prompts: (depth, p, D), tokens that are there during one block each, or None
+            (:mod:`ei.models.adapters.vpt`).
+        side: A network beside the blocks, which then keep nothing for gradients, or None
+            (:mod:`ei.models.adapters.losa`).
 
     >>> from ei.models.vit_timm import load_tiny
     >>> load_tiny(image_size=32)(torch.zeros(2, 3, 32, 32), tokens=torch.zeros(2, 1, 64)).shape
@@ -43,12 +47,16 @@ class Backbone(nn.Module):
     """
 
     vit: Any
+    prompts: nn.Parameter | None
+    side: nn.Module | None
 
     def __init__(self, vit: nn.Module, *, width: int, depth: int, image_size: int, patch_size: int) -> None:
         super().__init__()
         self.vit = vit
         self.width, self.depth = width, depth
         self.image_size, self.patch_size = image_size, patch_size
+        self.register_parameter("prompts", None)
+        self.register_module("side", None)
         self.requires_grad_(False)
 
     def forward(
@@ -89,15 +97,18 @@ class Backbone(nn.Module):
 
         x = self._embed(self._pad(images))  # (N, T, D)
         seen = None  # (N, T) bool, once there is a token that is not to be seen
+        change = None  # (N, T, D), what the network beside the blocks adds
         found: dict[int, Tensor] = {}
-        for index, block in enumerate(self._blocks()[: max(reads)]):
+        for index in range(max(reads)):
             if tokens is not None and index == tokens_at:
                 if token_mask is not None:
                     seen = self._insert(torch.ones_like(x[..., 0], dtype=torch.bool), token_mask)
                 x = self._insert(x, tokens)
-            x = block(x) if seen is None else self._masked(block, x, seen)
+            x = self._through(index, x, seen)
+            if self.side is not None:
+                change = self.side(index, x, change)
             if index + 1 in reads:
-                found[index + 1] = self._final_norm(x[:, 0])
+                found[index + 1] = self._final_norm(x[:, 0] if change is None else x[:, 0] + change[:, 0])
         return found[reads[0]] if isinstance(read_from, int) else [found[read] for read in reads]
 
     def check_positions(self, *, tokens_at: int = 0, read_from: int = 0) -> None:
@@ -165,8 +176,24 @@ class Backbone(nn.Module):
         # after CLS, which the summary is read from, the rest keeps the order that its library gave it.
         return torch.cat([x[:, :1], tokens.to(x.dtype), x[:, 1:]], dim=1)
 
+    def _through(self, index: int, x: Tensor, seen: Tensor | None) -> Tensor:
+        """One block, with its prompts: (N, T, D) -> (N, T, D); attention sees the tokens that are ``seen``, or all."""
+        block, count = self._blocks()[index], 0
+        if self.prompts is not None:
+            prompts = self.prompts[index].expand(len(x), -1, -1)
+            count = prompts.shape[1]
+            x = self._insert(x, prompts)
+            seen = None if seen is None else self._insert(seen, seen.new_ones(len(x), count))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.side is None):
+            x = block(x) if seen is None else self._masked(block, x, seen)
+        return torch.cat([x[:, :1], x[:, 1 + count :]], dim=1) if count else x
+
     def _embed(self, images: Tensor) -> Tensor:
         """Everything before the first block: (N, 3, H, W) -> (N, T, D), CLS first."""
+        raise NotImplementedError
+
+    def token_count(self) -> int:
+        """T: patches, the class token, and registers if there are any."""
         raise NotImplementedError
 
     def _blocks(self) -> Sequence[nn.Module]:

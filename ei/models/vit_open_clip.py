@@ -1,5 +1,6 @@
 """Backbones from open_clip: the vision towers of its CLIP models. Importing open_clip takes seconds."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +27,9 @@ class OpenClipBackbone(Backbone):
             image_size=image_size,
             patch_size=vit.patch_size[0],
         )
+
+    def token_count(self) -> int:
+        return math.prod(self.vit.grid_size) + 1
 
     def _embed(self, images: Tensor) -> Tensor:
         return self.vit._embeds(images)

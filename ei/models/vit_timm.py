@@ -28,6 +28,9 @@ class TimmBackbone(Backbone):
             patch_size=vit.patch_embed.patch_size[0],
         )
 
+    def token_count(self) -> int:
+        return self.vit.patch_embed.num_patches + self.vit.num_prefix_tokens
+
     def _embed(self, images: Tensor) -> Tensor:
         x = self.vit._pos_embed(self.vit.patch_embed(images))
         return self.vit.norm_pre(self.vit.patch_drop(x))

@@ -18,8 +18,10 @@ import torch
 import ei.training as training
 from ei.checkpoint import read_checkpoint
 from ei.cli import run as command_line
-from ei.config import Config
+from ei.config import Config, ModelConfig
+from ei.data.sample import Batch
 from ei.interrupts import Interrupted
+from ei.runs import load
 from ei.snapshots import newest_snapshot
 from ei.training import train
 
@@ -102,7 +104,7 @@ def test_killed_with_auxiliary_vits_of_their_own(config, manifest, tmp_path, mon
         train=replace(config.train, epochs=1),
     )
     unbroken = train(config, tmp_path / "unbroken")
-    step, done = training.train_step, []
+    step, done = training.Step.__call__, []
 
     def mortal(*args):
         values = step(*args)
@@ -111,7 +113,7 @@ def test_killed_with_auxiliary_vits_of_their_own(config, manifest, tmp_path, mon
             raise Stop
         return values
 
-    monkeypatch.setattr(training, "train_step", mortal)
+    monkeypatch.setattr(training.Step, "__call__", mortal)
     kills = 0
     while True:
         try:
@@ -124,6 +126,59 @@ def test_killed_with_auxiliary_vits_of_their_own(config, manifest, tmp_path, mon
         ours, theirs = (read_checkpoint(run / stage / "best.safetensors") for run in (tmp_path / "broken", unbroken))
         assert ours.notes == theirs.notes
         assert all(torch.equal(ours.parameters[name], tensor) for name, tensor in theirs.parameters.items())
+
+
+@pytest.mark.fault("killed after a step", "the same weights, bit for bit")
+@pytest.mark.parametrize(
+    ("adapter", "fusion"),
+    [
+        ("bitfit", "ei"),
+        ("vpt", "ei"),
+        ("rlrr", "ei"),
+        ("losa", "late"),
+        ("latelora", "ei"),
+        ("peft:ia3", "ei"),
+    ],
+)
+def test_killed_with_any_adapter(write_study, study_config, tmp_path, monkeypatch, adapter, fusion):
+    """In the second stage, which takes over the first; and what is loaded is the model that was trained."""
+    if adapter.startswith("peft:"):
+        pytest.importorskip("peft")
+    manifest = write_study(tmp_path / "study", {"train": 12})
+    config = replace(study_config(manifest), model=ModelConfig(backbone="tiny", adapter=adapter, fusion=fusion))
+    trained = []
+    run = training.Loop.run
+
+    def remember(self):
+        run(self)
+        trained.append(self.model)
+
+    monkeypatch.setattr(training.Loop, "run", remember)
+    unbroken = train(config, tmp_path / "unbroken")
+    modalities = config.data.modalities
+    batch = Batch(
+        {name: torch.randn(4, 1, 3, 8, 8) for name in modalities},
+        present={name: torch.ones(4, 1, dtype=torch.bool) for name in modalities},
+    )
+    assert torch.equal(load(unbroken)[0](batch).logits, trained[-1].eval()(batch).logits)
+
+    step, done = training.Step.__call__, []
+
+    def mortal(*args):
+        values = step(*args)
+        done.append(True)
+        if len(done) == 5:
+            raise Stop
+        return values
+
+    monkeypatch.setattr(training.Step, "__call__", mortal)
+    with pytest.raises(Stop):
+        train(config, tmp_path / "broken")
+    train(config, tmp_path / "broken")
+    for stage in STAGES:
+        ours, theirs = (read_checkpoint(run / stage / "best.safetensors") for run in (unbroken, tmp_path / "broken"))
+        assert ours.parameters.keys() == theirs.parameters.keys()
+        assert all(torch.equal(tensor, theirs.parameters[name]) for name, tensor in ours.parameters.items())
 
 
 @pytest.mark.fault("killed while validating", "the same weights, bit for bit")

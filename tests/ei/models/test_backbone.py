@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import mor
-from ei.config import ModelConfig
+from ei.config import ADAPTERS, ModelConfig
 from ei.models.backbone import adapted, load_backbone
 from ei.models.vit import Backbone
 
@@ -153,14 +153,15 @@ def test_image_size_must_be_positive() -> None:
         load_backbone(ModelConfig(backbone="tiny"), 0)
 
 
-@pytest.mark.parametrize("adapter", ["mor", "lora", "loramoe", "frozen", "full"])
+@pytest.mark.parametrize("adapter", sorted(ADAPTERS.keys() - {"vpt", "rlrr"}))  # which begin with something random
 @pytest.mark.parametrize("training", [False, True])
 def test_adapted_backbone_starts_bit_identical(trunk: Backbone, adapter: str, training: bool) -> None:
     images = torch.randn(3, 3, 8, 8)
     tokens = torch.randn(3, 1, 64)
-    backbone = adapted(trunk, ModelConfig(adapter=adapter)).train(training)
+    backbone = adapted(trunk, ModelConfig(adapter=adapter, fusion="late")).train(training)
     assert torch.equal(backbone(images), trunk(images))
-    assert torch.equal(backbone(images, tokens), trunk(images, tokens))
+    if adapter != "losa":
+        assert torch.equal(backbone(images, tokens), trunk(images, tokens))
 
 
 @pytest.mark.parametrize(

@@ -27,23 +27,6 @@ def count(
         return count_trainable(build_model(config, classes, modality=modality, trunk=trunk))
 
 
-@pytest.mark.parametrize(
-    ("settings", "adapters", "published"),
-    [
-        ({"adapter": "mor"}, 1_474_656, 1_477_732),
-        ({"adapter": "mor", "bypass": False}, 1_428_552, 1_431_628),
-        ({"adapter": "loramoe"}, 1_244_232, 1_247_308),
-        ({"adapter": "lora"}, 368_640, 371_716),
-        ({"adapter": "frozen"}, 0, 3_076),
-    ],
-)
-def test_one_modality(clip: Backbone, settings: dict, adapters: int, published: int) -> None:
-    counts = [count(clip, classes, "oct", **settings) for classes in (4, 5, 3)]
-    assert [each["ViT"] for each in counts] == [adapters] * 3
-    assert [each["heads"] for each in counts] == [3_076, 3_845, 2_307]
-    assert sum(each["total"] for each in counts) == 3 * published
-
-
 @pytest.mark.parametrize(("adapter", "total"), [("mor", 7_099_026), ("frozen", 1_200_402)])
 def test_early_intervention(clip: Backbone, adapter: str, total: int) -> None:
     counts = count(clip, 4, adapter=adapter)

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from ei.config import ModelConfig
 from ei.models.backbone import adapted, load_backbone
 from ei.models.vit_timm import TimmBackbone
+from mor import trainable_parameters
 
 open_clip = pytest.importorskip("open_clip")
 
@@ -144,3 +145,33 @@ def test_published_weights_are_asked_for_with_their_activation(
         load_backbone(ModelConfig(backbone=name), 48)
     assert asked["pretrained"] == tag and asked["force_image_size"] == 64
     assert asked["force_quick_gelu"] is quick_gelu
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"adapter": "bitfit"},
+        {"adapter": "vpt"},
+        {"adapter": "losa", "fusion": "late"},
+        {"adapter": "latelora"},
+        {"adapter": "peft:lora", "targets": ("qkv", "proj", "fc")},
+        {"adapter": "peft:ln_tuning"},
+    ],
+    ids=lambda given: given["adapter"],
+)
+def test_adapters_are_alive(register, adapter: dict) -> None:
+    """Its attention keeps projections as bare parameters, and would read the weight of an adapted one."""
+    if adapter["adapter"].startswith("peft:"):
+        pytest.importorskip("peft")
+    register(**NATIVE)
+    trunk = load_backbone(random_small(), 32)
+    backbone = adapted(trunk, ModelConfig(**adapter))
+    images, tokens = torch.randn(2, 3, 32, 32), torch.randn(2, 2, 32)
+    given = (images,) if adapter["adapter"] == "losa" else (images, tokens, torch.tensor([[True, False]] * 2))
+    if adapter["adapter"] != "vpt":
+        torch.testing.assert_close(backbone(*given), trunk(*given))
+    with torch.no_grad():
+        for parameter in trainable_parameters(backbone).values():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    backbone(*given).square().sum().backward()
+    assert all(parameter.grad.any() for parameter in trainable_parameters(backbone).values())
