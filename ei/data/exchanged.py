@@ -8,6 +8,7 @@ just one cell on the wrong side. FLAIR and T1, or left and right, look too much 
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
@@ -26,8 +27,20 @@ _MOST_ONE_SIDED, _MOST_CROSSED = 0.02, 0.25
 _LEAST_SPREAD = 0.02
 _BLOCK = 2048
 
-Looks = dict[int, tuple[NDArray[np.float64], ListedFile]]
-"""Row -> features of its files together, and the first of them."""
+
+@dataclass(frozen=True)
+class _Column:
+    """The cells of a modality."""
+
+    rows: NDArray[np.int64]  # (N,), rising
+    features: NDArray[np.float64]  # (N, features), of the files of each cell together
+    files: list[ListedFile]  # the first of each cell
+
+    def of(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        return self.features[np.searchsorted(self.rows, rows)]
+
+    def name(self, row: int) -> str:
+        return self.files[np.searchsorted(self.rows, row)].name
 
 
 def compare_modalities(listed: Sequence[ListedFile]) -> list[Fault]:
@@ -36,40 +49,41 @@ def compare_modalities(listed: Sequence[ListedFile]) -> list[Fault]:
     Args:
         listed: All files of a manifest; those without facts are passed over.
     """
-    looks = _looks(listed)
-    found = [fault for one, other in combinations(looks, 2) for fault in _exchanged(one, other, looks)]
+    columns = _columns(listed)
+    found = [fault for pair in combinations(columns, 2) for fault in _exchanged(*pair, columns)]
     return shortened(found, "rows have modalities that look exchanged")
 
 
-def _looks(listed: Sequence[ListedFile]) -> dict[str, Looks]:
-    cells: dict[tuple[str, int], list[ListedFile]] = defaultdict(list)
+def _columns(listed: Sequence[ListedFile]) -> dict[str, _Column]:
+    files: dict[str, list[ListedFile]] = defaultdict(list)
     for file in listed:
         if file.facts and file.facts.appearance:
-            cells[file.modality, file.row].append(file)
-    looks: dict[str, Looks] = defaultdict(dict)
-    for (modality, row), files in cells.items():
-        features = [_features(file.facts.appearance) for file in files if file.facts]
-        looks[modality][row] = np.mean(features, axis=0), files[0]
-    return looks
+            files[file.modality].append(file)
+    return {modality: _column(those) for modality, those in files.items()}
 
 
-def _features(appearance: Sequence[float]) -> NDArray[np.float64]:
-    """Lengths by their logarithms: twice as high is as far from the same as half as high."""
-    return np.concatenate([np.log(appearance[:3]), appearance[3:]])
+def _column(files: Sequence[ListedFile]) -> _Column:
+    rows, first, cells = np.unique([file.row for file in files], return_index=True, return_inverse=True)
+    appearances = np.array([file.facts.appearance for file in files if file.facts])
+    # Lengths by their logarithms: twice as high is as far from the same as half as high.
+    appearances[:, :3] = np.log(appearances[:, :3])
+    features = np.zeros((len(rows), appearances.shape[1]))
+    np.add.at(features, cells, appearances)
+    return _Column(rows, features / np.bincount(cells)[:, None], [files[position] for position in first])
 
 
-def _exchanged(one: str, other: str, looks: Mapping[str, Looks]) -> list[Fault]:
-    rows = sorted(looks[one].keys() & looks[other].keys())
+def _exchanged(one: str, other: str, columns: Mapping[str, _Column]) -> list[Fault]:
+    rows = np.intersect1d(columns[one].rows, columns[other].rows)
     if len(rows) < _FEWEST_ROWS:
         return []
-    features = np.stack([[looks[name][row][0] for row in rows] for name in (one, other)])  # (2, rows, features)
+    features = np.stack([columns[name].of(rows) for name in (one, other)])  # (2, rows, features)
     own = _own_neighbours(features / np.maximum(features.std(axis=1).mean(axis=0), _LEAST_SPREAD))
     wrong = own <= _NEIGHBOURS // 2
     if wrong.any(0).mean() - wrong.all(0).mean() > _MOST_ONE_SIDED or wrong.all(0).mean() > _MOST_CROSSED:
         return []
     found = []
-    for row in np.array(rows)[(own <= _FEW_OWN).all(0)].tolist():
-        names = [looks[name][row][1].name for name in (one, other)]
+    for row in rows[(own <= _FEW_OWN).all(0)].tolist():
+        names = [columns[name].name(row) for name in (one, other)]
         text = f"{one} and {other} look exchanged: {names[0]!r} is like {other} of other rows, {names[1]!r} like {one}"
         found.append(Fault(row, text))
     return found

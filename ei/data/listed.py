@@ -32,7 +32,7 @@ class Fault(NamedTuple):
         return f"row {self.row}: {self.text}" if self.row else f"file: {self.text}"
 
 
-@dataclass
+@dataclass(slots=True)
 class ListedFile:
     """A file in a cell."""
 

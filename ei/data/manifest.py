@@ -25,10 +25,12 @@ import io
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path, PureWindowsPath
 
 from ei.config import DataConfig
 from ei.data.audit import AuditCache, Checked, Facts, audit_image
@@ -42,10 +44,11 @@ FAULTS_SHOWN = 20
 
 _MISSING_VALUES = ("nan", "<na>", "#n/a", "null")
 """What tables write for a value that is not there."""
+_BLOCK = 4096
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """One sample of a manifest."""
 
@@ -222,7 +225,8 @@ def _needed_columns(config: DataConfig, labelled: bool) -> list[str]:
 
 
 def _repeated(names: Iterable[str]) -> list[str]:
-    return [name for name, count in Counter(names).items() if count > 1]
+    given = list(names)
+    return [] if len(set(given)) == len(given) else [name for name, count in Counter(given).items() if count > 1]
 
 
 class _Problems:
@@ -244,7 +248,7 @@ class _Problems:
         return sorted(self._found, key=lambda fault: fault.row)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Record:
     """One row as text."""
 
@@ -406,7 +410,8 @@ def _labels(
 ) -> list[int | tuple[int, ...] | None]:
     if config.multi_label:
         return [_flags(record, config.labels, problems) for record in records]
-    return [_class_index(record, config.labels[0], classes, problems) for record in records]
+    numbers = {name: number for number, name in enumerate(classes)}
+    return [_class_index(record, config.labels[0], numbers, problems) for record in records]
 
 
 def _flags(record: _Record, columns: Sequence[str], problems: _Problems) -> tuple[int, ...]:
@@ -416,13 +421,11 @@ def _flags(record: _Record, columns: Sequence[str], problems: _Problems) -> tupl
     return tuple(int(record[column] == "1") for column in columns)
 
 
-def _class_index(record: _Record, column: str, classes: Sequence[str], problems: _Problems) -> int | None:
+def _class_index(record: _Record, column: str, numbers: Mapping[str, int], problems: _Problems) -> int | None:
     name = record[column]
-    if name in classes:
-        return classes.index(name)
-    if name:
-        problems.add(record.number, f"{column} must be {_either(classes)}, got {name!r}")
-    return None
+    if name and name not in numbers:
+        problems.add(record.number, f"{column} must be {_either(list(numbers))}, got {name!r}")
+    return numbers.get(name)
 
 
 class _Files:
@@ -435,43 +438,60 @@ class _Files:
         self._root = os.path.realpath(folder)
         self._config = config
         self._problems = problems
+        self._known: dict[str, tuple[Path, str, str]] = {}
+        self._real_folder = lru_cache(maxsize=None)(os.path.realpath)
 
     def of(self, record: _Record) -> dict[str, tuple[Path, ...]]:
         return {modality: self._of(record, modality) for modality in self._config.modalities}
 
     def _of(self, record: _Record, modality: str) -> tuple[Path, ...]:
-        names = _file_names(record, modality, self._problems)
-        for name in names:
-            # Links are followed, so that one that leads out is found outside.
-            place = os.path.realpath(os.path.join(self._root, name))
-            if objection := _objection(name, place, None if self._config.allow_outside else self._root):
+        paths = []
+        for name in _file_names(record, modality, self._problems):
+            path, place, objection = self._known.get(name) or self._known.setdefault(name, self._look_up(name))
+            paths.append(path)
+            if objection:
                 self._problems.add(record.number, f"{modality}: {name!r} {objection}")
             else:
                 self.listed.append(ListedFile(record.number, record["split"], record.patient, modality, name, place))
-        return tuple(self._folder / name for name in names)
+        return tuple(paths)
+
+    def _look_up(self, name: str) -> tuple[Path, str, str]:
+        """The path, where it leads, and why it is refused; empty if it is not."""
+        place = self._real(os.path.join(self._root, name))
+        return self._folder / name, place, _objection(name, place, None if self._config.allow_outside else self._root)
+
+    def _real(self, path: str) -> str:
+        """Where a path leads; links are followed, so that one that leads out is found outside."""
+        folder, name = os.path.split(path)
+        if name in ("", os.curdir, os.pardir) or os.path.islink(path):
+            return os.path.realpath(path)
+        return os.path.join(self._real_folder(folder), name)
 
     def audit(self, use_cache: bool) -> None:
         """Read every file under the rule of its modality."""
+        rules = {modality: self._config.intensity_of(modality) for modality in self._config.modalities}
         tasks: dict[tuple[str, Intensity], Path] = {}
         for listed in self.listed:
-            tasks.setdefault(self._task(listed), self._folder / listed.name)
+            tasks.setdefault((listed.place, rules[listed.modality]), self._known[listed.name][0])
         cache = AuditCache(self._folder) if use_cache else None
-        # Threads, because decoders work outside of Python's lock.
+        found: dict[tuple[str, Intensity], Facts | str] = {}
+        # Threads, because decoders work outside of Python's lock; by blocks, because each task in wait takes room.
         with ThreadPoolExecutor() as pool:
-            results = pool.map(lambda task: _facts_or_fault(task[1], task[0][1], cache), tasks.items())
-            found = dict(zip(tasks, results, strict=True))
+            waiting = iter(tasks.items())
+            while block := list(islice(waiting, _BLOCK)):
+                results = pool.map(lambda task: _facts_or_fault(task[1], task[0][1], cache), block)
+                found.update(zip((task for task, _ in block), results, strict=True))
         if cache:
             cache.save()
         for listed in self.listed:
-            result = found[self._task(listed)]
+            result = found[listed.place, rules[listed.modality]]
             if isinstance(result, Facts):
                 listed.facts = result
-                self.checked[self._folder / listed.name] = Checked(result.sha256, result.state, result.slices)
+                self.checked.setdefault(
+                    self._known[listed.name][0], Checked(result.sha256, result.state, result.slices)
+                )
             else:
                 self._problems.add(listed.row, f"{listed.modality}: {result}")
-
-    def _task(self, listed: ListedFile) -> tuple[str, Intensity]:
-        return listed.place, self._config.intensity_of(listed.modality)
 
 
 def _facts_or_fault(path: Path, intensity: Intensity, cache: AuditCache | None) -> Facts | str:
@@ -496,7 +516,7 @@ def _objection(name: str, place: str, root: str | None) -> str:
         return "is an address; write the path of a file, relative to the manifest"
     if root is None:
         return ""
-    if PurePosixPath(name).is_absolute() or PureWindowsPath(name).is_absolute():
+    if name.startswith("/") or PureWindowsPath(name).is_absolute():
         return "is an absolute path; write it relative to the manifest, or set allow_outside"
     if not Path(place).is_relative_to(root):
         return "leads out of the manifest's folder; this needs allow_outside"
@@ -526,8 +546,7 @@ def _check_classes(records: list[_Record], config: DataConfig, classes: Sequence
 
 def _lacking(records: list[_Record], config: DataConfig, classes: Sequence[str]) -> list[str]:
     """The classes that no row is of."""
-    return [name for name in classes if not any(_has_class(record, config, name) for record in records)]
-
-
-def _has_class(record: _Record, config: DataConfig, name: str) -> bool:
-    return record[name] == "1" if config.multi_label else record[config.labels[0]] == name
+    if config.multi_label:
+        return [name for name in classes if not any(record[name] == "1" for record in records)]
+    present = {record[config.labels[0]] for record in records}
+    return [name for name in classes if name not in present]
