@@ -150,7 +150,7 @@ class Params:
     classes: int
     """Number of classes."""
     image_size: int = DataConfig.image_size
-    """As for 'ei train'; position embeddings depend on it, and count with --adapter full."""
+    """As for 'ei train'; the number of tokens depends on it, which counts with --adapter full and losa."""
     model: Annotated[ModelConfig, tyro.conf.arg(name="")] = field(default_factory=ModelConfig)
 
 

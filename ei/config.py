@@ -191,8 +191,8 @@ class ModelConfig:
     ranks: Integers = ()
     """Ranks of the experts; empty: 2,4,8 for mor, 4,4,4 for loramoe, and a single 4 for lora, losa and latelora."""
     blocks: Integers = ()
-    """Blocks that are adapted, from 0; empty: all, for latelora the second half; losa reads after these, and after
-    every second and the last if empty (its paper leaves them open)."""
+    """Blocks that are adapted, or after which losa reads, from 0; empty: all; for latelora the second half; for losa
+    every second, up to the last (a guess: its paper does not say)."""
     alphas: Floats = ()
     """Alpha of each expert, which is scaled by alpha / rank; empty: twice its rank."""
     bypass: bool = True

@@ -15,6 +15,7 @@ from ei.models.adapters import METHODS
 from ei.models.backbone import adapted
 from ei.models.vit import Backbone
 from ei.models.vit_timm import TimmBackbone
+from ei.runtime import arithmetic, narrow_frozen
 
 LINEAR = r"vit\.blocks\.\d\.(attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)"
 NORM = r"vit\.(blocks\.\d\.norm[12]|norm)"
@@ -92,6 +93,20 @@ def test_what_was_learned_fits_another_fork(trunk: Backbone, adapter: str) -> No
             parameter.copy_(first.get_parameter(name))
     assert torch.equal(first(images), second(images))
     assert not torch.equal(first(images), trunk(images))
+
+
+@pytest.mark.parametrize("adapter", LEARNING)
+def test_training_in_bf16_computes_what_evaluation_does(trunk: Backbone, adapter: str) -> None:
+    """Training holds frozen weights in bf16; what rescales them must do so before they are rounded."""
+    if adapter.startswith("peft:"):
+        pytest.importorskip("peft")
+    backbone = adapted(trunk, settings_of(adapter))
+    stir(backbone)
+    images = torch.randn(2, 3, 8, 8)
+    with arithmetic(torch.device("cpu"), "bf16"):
+        expected = backbone(images)
+        narrow_frozen(backbone, "bf16")
+        assert torch.equal(backbone(images), expected)
 
 
 @pytest.mark.parametrize("adapter", LEARNING)

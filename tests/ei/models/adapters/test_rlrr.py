@@ -12,7 +12,6 @@ from ei.config import ModelConfig
 from ei.models.adapters.rlrr import RescaledLinear, ScaledShifted
 from ei.models.backbone import adapted, load_backbone
 from ei.models.vit import Backbone
-from ei.runtime import arithmetic, narrow_frozen
 
 
 @pytest.mark.parametrize("packed", [1, 3])
@@ -73,17 +72,6 @@ def test_patches_may_be_left_as_they_are(trunk: Backbone) -> None:
     with_them, without = (adapted(trunk, ModelConfig(adapter="rlrr", scale_patches=yes)) for yes in (True, False))
     difference = mor.trainable_parameters(with_them).keys() - mor.trainable_parameters(without).keys()
     assert difference == {"vit.patch_embed.scale", "vit.patch_embed.shift"}
-
-
-def test_weights_are_rescaled_before_they_are_rounded(trunk: Backbone) -> None:
-    """So training in bf16, which holds frozen weights in bf16, computes what evaluation does."""
-    backbone = adapted(trunk, ModelConfig(adapter="rlrr", scale_patches=False))
-    images = torch.randn(2, 3, 8, 8)
-    with arithmetic(torch.device("cpu"), "bf16"):
-        expected = backbone(images)
-        narrow_frozen(backbone, "bf16")
-        assert torch.equal(backbone(images), expected)
-    assert backbone.vit.blocks[0].mlp.fc1.weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize("name", ["open_clip:ViT-B-32", "vit_base_patch16_xp_224"])
