@@ -33,6 +33,7 @@ commands:
   check      look for everything that is wrong with a manifest and its images, without torch
   train      train on a manifest, both stages, and evaluate
   evaluate   evaluate a run on its validation and test rows again
+  report     write a run's report again, and compare it with another run, without torch
   predict    predict the rows of another manifest
   params     count what a model would train, without its weights
 
@@ -107,10 +108,20 @@ class Train:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Evaluate a run's best model again; writes metrics.json, predictions.csv, gates.json and report.html."""
+    """Evaluate a run's best model again, and write everything that the run folder holds of it, the report last."""
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write report.html again from the files of a run. --against OTHER adds the difference to another run."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    against: Path | None = None
+    """Folder of another run, evaluated on the same rows."""
 
 
 @dataclass(frozen=True)
@@ -230,6 +241,13 @@ def evaluate(words: Sequence[str]) -> None:
     _show(command.run)
 
 
+def report(words: Sequence[str]) -> None:
+    command = _parse(Report, "report", words)
+    from ei.report import write_report
+
+    print(f"report: {write_report(command.run, command.against)}")
+
+
 def predict(words: Sequence[str]) -> None:
     command = _parse(Predict, "predict", words)
     from ei.evaluation import predict
@@ -279,6 +297,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "check": check,
     "train": train,
     "evaluate": evaluate,
+    "report": report,
     "predict": predict,
     "params": params,
 }

@@ -246,6 +246,10 @@ class TrainConfig:
     """A run on the same data whose stage 1 is taken over instead of being trained again."""
     bootstrap: int = 1000
     """Resamplings of the patients for the 95 % intervals; 0: none."""
+    temperature: bool = False
+    """Divide logits by temperatures fitted on the val rows, so that probabilities can be believed; ranks stay."""
+    report_images: int = 12
+    """Worst errors that the report shows with their images, which are then part of it; 0: none."""
     seed: int = 0
     """Of initialisation, order, augmentation and resampling."""
     device: str = "auto"
@@ -277,6 +281,7 @@ class TrainConfig:
         _require(self.aux_weight >= 0, "aux_weight", "at least 0", self.aux_weight)
         _require(self.gate_weight >= 0, "gate_weight", "at least 0", self.gate_weight)
         _require(self.bootstrap >= 0, "bootstrap", "at least 0", self.bootstrap)
+        _require(self.report_images >= 0, "report_images", "at least 0", self.report_images)
         _require(self.compile in ("off", "on", "graphs"), "compile", "'off', 'on' or 'graphs'", self.compile)
         _require(self.save_minutes >= 0, "save_minutes", "at least 0", self.save_minutes)
         _require(self.workers >= 0, "workers", "at least 0", self.workers)

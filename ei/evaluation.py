@@ -6,7 +6,7 @@ Shapes: N samples, C classes, M modalities.
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,32 +14,27 @@ import numpy as np
 import torch
 from torch import nn
 
+from ei.calibration import probabilities
 from ei.config import Config
+from ei.cost import measure_cost
 from ei.data.loaders import evaluation_loader
 from ei.data.manifest import Manifest, Row, read_manifest
 from ei.exports import csv_bytes
-from ei.metrics import summarise
 from ei.models import UniModal
+from ei.predictions import Predictions, errors_file, labels_of, measure, stored_logits, summarised
 from ei.processes import Processes
 from ei.progress import track
 from ei.report import write_report
 from ei.run_folder import RunFolder
+from ei.run_setup import require_val_rows
 from ei.runs import best_checkpoint, load, manifest_hash
 from ei.runtime import arithmetic
+from ei.temperature import fit_temperatures, read_temperatures, temperature_file
 from mor import MoRLinear, record_gates
 from mor.files import write_atomically
 from mor.gates import GateRecord, GateSummary
 
 EVALUATED = ("val", "test")
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """Raw outputs for N samples, float32, in the order in which they were asked for."""
-
-    logits: np.ndarray  # (N, C)
-    modality_logits: dict[str, np.ndarray]  # modality -> (N, C)
-    modality_weights: np.ndarray | None  # (N, M)
 
 
 def predict_rows(
@@ -69,7 +64,10 @@ def predict_rows(
             " it has diverged: lower lr"
         )
     weights = together.pop(WEIGHTS, None)
-    return Predictions(logits, {modality: values for (_, modality), values in together.items()}, weights)
+    each = {modality: values for (_, modality), values in together.items()}
+    for modality, values in each.items():
+        values[[not row.images[modality] for row in rows]] = np.nan
+    return Predictions(logits, each, weights)
 
 
 LOGITS, WEIGHTS = ("logits", ""), ("weights", "")
@@ -101,7 +99,8 @@ def _predict(
 def evaluate(run: str | Path) -> dict[str, Any]:
     """Evaluate a run's best model on the validation and test rows of its manifest, and write what came out.
 
-    Writes metrics.json, predictions.csv, gates.json (if there are routers) and report.html into the run.
+    Writes metrics.json, predictions.csv, logits.npz, errors.json, cost.json, gates.json, report.html, and with
+    ``train.temperature`` temperature.json into the run.
 
     Args:
         run: A folder written by :func:`ei.train`.
@@ -123,6 +122,8 @@ def evaluate(run: str | Path) -> dict[str, Any]:
     splits = {name: rows for name in EVALUATED if (rows := manifest.split(name))}
     if not splits:
         raise ValueError(f"{config.data.manifest} has neither val nor test rows, so there is nothing to evaluate on")
+    if config.train.temperature:
+        require_val_rows(manifest)
     processes = Processes.join(config.train.device)
     model.to(processes.device)
     with recorded_gates(model) as gates:
@@ -130,20 +131,34 @@ def evaluate(run: str | Path) -> dict[str, Any]:
             name: predict_rows(model, rows, config, processes=processes, what=f"evaluate {name}")
             for name, rows in splits.items()
         }
+    temperatures = {}
+    if config.train.temperature:
+        temperatures = fit_temperatures(
+            predictions["val"].by_source, labels_of(splits["val"]), multi_label=manifest.multi_label
+        )
     metrics: dict[str, Any] = {
         "classes": list(manifest.classes),
         "modalities": list(manifest.modalities),
         "multi_label": manifest.multi_label,
-        "splits": {name: measure(predictions[name], rows, manifest, config) for name, rows in splits.items()},
+        "temperatures": temperatures,
+        "splits": {
+            name: measure(predictions[name], rows, manifest, config, temperatures) for name, rows in splits.items()
+        },
     }
     for name, rows in splits.items() if config.data.knows_missing else ():
         logits = predictions[name].logits
         metrics["splits"][name]["subsets"] = measure_subsets(model, logits, rows, manifest, config, processes, name)
     layers = {part: processes.gathered(record.summary()) for part, record in gates.items()}
     if processes.is_first:
+        scaled = {name: values.at(temperatures) for name, values in predictions.items()}
+        tables = [prediction_table(scaled[name], rows, manifest) for name, rows in splits.items()]
+        if temperatures:
+            write_json(folder.temperature, temperature_file(folder, temperatures))
         write_json(folder.metrics, metrics)
         write_json(folder.gates, {part: lines for part, each in layers.items() if (lines := _gate_rows(each))})
-        tables = [prediction_table(predictions[name], rows, manifest) for name, rows in splits.items()]
+        write_json(folder.cost, measure_cost(model, config))
+        write_json(folder.errors, errors_file(scaled, splits, manifest, config))
+        write_atomically(folder.logits, stored_logits(predictions, splits, manifest).as_bytes())
         write_csv(folder.predictions, [line for table in tables for line in table])
         write_report(folder.path)
     return metrics
@@ -165,21 +180,12 @@ def predict(run: str | Path, manifest: str | Path, out: str | Path) -> None:
     if Path(out).is_dir() or Path(out).resolve() == Path(manifest).resolve():
         raise ValueError(f"out must be a file of its own, got {out}")
     model, config = load(run)
+    temperatures = read_temperatures(RunFolder(Path(run))) if config.train.temperature else {}
     data = replace(config.data, allow_missing=config.data.knows_missing)
     table = read_manifest(manifest, data, classes=data.classes, labelled=False)
     processes = Processes.join(config.train.device)
-    predictions = predict_rows(model.to(processes.device), table.rows, config, processes=processes)
+    predictions = predict_rows(model.to(processes.device), table.rows, config, processes=processes).at(temperatures)
     write_csv(Path(out), prediction_table(predictions, table.rows, table))
-
-
-def measure(predictions: Predictions, rows: Sequence[Row], manifest: Manifest, config: Config) -> dict[str, Any]:
-    """Metrics of the fused prediction, and of each modality's own on the rows that have it, if there are any."""
-    modalities = {}
-    for modality, logits in predictions.modality_logits.items():
-        where, those = _having(rows, [modality])
-        if those:
-            modalities[modality] = _measured(logits[where], those, manifest, config)
-    return {"fused": _measured(predictions.logits, rows, manifest, config), "modalities": modalities}
 
 
 def measure_subsets(
@@ -198,15 +204,15 @@ def measure_subsets(
     Args:
         logits: (N, C), the fused prediction from all that the rows have.
     """
-    measured = {}
+    found = {}
     for subset in config.data.subsets:
         where, those = _having(rows, subset)
         values = logits[where]
         if those and len(subset) < len(manifest.modalities):
             given, what = [row.only(subset) for row in those], f"evaluate {split} with {' + '.join(subset)}"
             values = predict_rows(model, given, config, processes=processes, what=what).logits
-        measured["+".join(subset)] = _measured(values, those, manifest, config) if those else None
-    return measured
+        found["+".join(subset)] = summarised(values, those, manifest, config) if those else None
+    return found
 
 
 def _having(rows: Sequence[Row], modalities: Sequence[str]) -> tuple[list[int], list[Row]]:
@@ -215,25 +221,12 @@ def _having(rows: Sequence[Row], modalities: Sequence[str]) -> tuple[list[int], 
     return where, [rows[position] for position in where]
 
 
-def _measured(logits: np.ndarray, rows: Sequence[Row], manifest: Manifest, config: Config) -> dict[str, Any]:
-    return summarise(
-        logits,
-        np.array([row.label for row in rows]),
-        [row.patient for row in rows],
-        manifest.classes,
-        multi_label=manifest.multi_label,
-        bootstrap=config.train.bootstrap,
-        seed=config.train.seed,
-    )
-
-
 def prediction_table(predictions: Predictions, rows: Sequence[Row], manifest: Manifest) -> list[dict[str, Any]]:
     """One dict per row, column name -> cell: probabilities, fused and per modality, and the modality weights.
 
     The cells of a modality that the row lacks are empty, and its weight is 0.
     """
-    logits = {"fused": predictions.logits} | predictions.modality_logits
-    probs = {source: probabilities(values, manifest.multi_label) for source, values in logits.items()}
+    probs = {source: probabilities(logits, manifest.multi_label) for source, logits in predictions.by_source.items()}
     table = []
     for index, row in enumerate(rows):
         line: dict[str, Any] = {"id": row.id, "patient": row.patient, "split": row.split}
@@ -247,12 +240,6 @@ def prediction_table(predictions: Predictions, rows: Sequence[Row], manifest: Ma
             line |= {f"weight:{modality}": f"{weight:.6f}" for modality, weight in weights}
         table.append(line)
     return table
-
-
-def probabilities(logits: np.ndarray, multi_label: bool) -> np.ndarray:
-    """(N, C) -> (N, C): softmax over the classes, or a sigmoid each, computed in float64."""
-    values = torch.from_numpy(logits).double()
-    return (values.sigmoid() if multi_label else values.softmax(1)).numpy()
 
 
 def label_text(label: int | tuple[int, ...] | None, classes: Sequence[str]) -> str:
@@ -325,12 +312,15 @@ def metrics_table(run: str | Path) -> list[str]:
         few = fused["overall"]["mAP"]["low"] is None
         intervals = "no intervals (fewer than 5 patients, or --bootstrap 0)" if few else "95 % intervals by patient"
         lines.append(f"{split}: {fused['samples']} samples, patients: {fused['patients']}, {intervals}")
-        lines.append(" " * width + "".join(f"  {name:<20}" for name in names))
+        lines.append(" " * width + "".join(f"  {name:<20}" for name in names) + "  ECE")
         for source, figures in {"fused": fused, **measured["modalities"]}.items():
             cells = "".join(f"  {_interval(figures['overall'][name]):<20}" for name in names)
-            lines.append(f"{source:<{width}}{cells}".rstrip())
+            lines.append(f"{source:<{width}}{cells}  {_calibration_error(figures)}".rstrip())
         if fused["absent"]:
             lines.append(f"left out of the means, for want of rows with and without: {', '.join(fused['absent'])}")
+    if temperatures := metrics.get("temperatures"):
+        fitted = ", ".join(f"{source} {value:.3f}" for source, value in temperatures.items())
+        lines.append(f"temperatures, fitted on val: {fitted}")
     return [*lines, f"report: {folder.report}"]
 
 
@@ -339,6 +329,11 @@ def _interval(figure: Mapping[str, float | None]) -> str:
         return "undefined"
     text = f"{figure['value']:.3f}"
     return text if figure["low"] is None else f"{text} [{figure['low']:.3f}, {figure['high']:.3f}]"
+
+
+def _calibration_error(summary: Mapping[str, Any]) -> str:
+    """Empty in metrics that were written before there was one."""
+    return f"{summary['calibration']['ECE']['value']:.3f}" if "calibration" in summary else ""
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullLocator, StrMethodFormatter
 from numpy.typing import NDArray
 
 BLACK, COLOURS = "#1b1f24", ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -99,6 +99,40 @@ def precision_recall(
         return _as_picture(figure, f"{alt} {prevalence:.2f}.")
 
 
+def reliability(
+    name: str, bins: Sequence[Mapping[str, float]], without: Sequence[Mapping[str, float]] | None = None
+) -> Picture:
+    """The share that came true by the probability that was given, with intervals, over bars that count samples.
+
+    Args:
+        name: what was predicted, or by whom.
+        bins: as :func:`ei.calibration.reliability` gives them.
+        without: those of the same predictions without a temperature.
+    """
+    with _picture(WIDTH, 3.9, heights=(3, 1)) as (figure, (axes, bars)):
+        axes.plot([0, 1], [0, 1], color="#8c959f", linewidth=1, linestyle="dotted")
+        given, shares, low, high = (
+            np.array([each[key] for each in bins]) for key in ("probability", "share", "low", "high")
+        )
+        # Rounding may put an end of an interval past its share.
+        errors = np.maximum([shares - low, high - shares], 0)
+        points = axes.errorbar(given, shares, errors, color=BLACK, fmt="o", markersize=5, elinewidth=1, zorder=3)
+        if without:
+            columns = ([each[key] for each in without] for key in ("probability", "share"))
+            (hollow,) = axes.plot(*columns, "s", color=COLOURS[1], markersize=5, markerfacecolor="white")
+            _legend(axes, {"with temperature": points, "without": hollow}, above=True)
+        axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), ylabel="Share that came true")
+        widths = [each["end"] - each["start"] for each in bins]
+        style: dict[str, Any] = {"width": widths, "align": "edge", "color": COLOURS[0], "edgecolor": "white"}
+        bars.bar([each["start"] for each in bins], [each["count"] for each in bins], **style)
+        bars.set(xlim=(-0.02, 1.02), yscale="log", xlabel="Probability", ylabel="Samples")
+        bars.set_ylim(bottom=0.5)
+        bars.yaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
+        bars.yaxis.set_minor_locator(NullLocator())
+        told = "; ".join(f"{each['probability']:.2f} and {each['share']:.2f} of {each['count']}" for each in bins)
+        return _as_picture(figure, f"Reliability of {name}: mean probability and share that came true by bin: {told}.")
+
+
 def weight_bars(groups: Mapping[str, Mapping[str, float]], split: str) -> Picture:
     """Mean modality weights as one full bar per group of samples."""
     modalities, handles = list(next(iter(groups.values()))), {}
@@ -139,12 +173,13 @@ def gate_map(part: str, layers: Sequence[Mapping[str, Any]], experts: Sequence[s
 
 
 @contextmanager
-def _picture(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
+def _picture(width: float, height: float, heights: Sequence[float] = (1,)) -> Iterator[tuple[Figure, Any]]:
+    """A figure and its axes; several, one above the other, where ``heights`` has several."""
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         # Only the widths of such letters are guessed: the reader's own fonts draw them.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure = Figure(figsize=(width, height), layout="constrained")
-        yield figure, figure.add_subplot()
+        yield figure, figure.subplots(len(heights), height_ratios=heights)
 
 
 def _as_picture(figure: Figure, alt: str) -> Picture:

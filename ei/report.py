@@ -4,51 +4,34 @@ Reads what training and evaluation wrote (files, never a model), draws it with :
 ``report.html.jinja``. Names of classes, modalities and files come from users: the template escapes them all.
 """
 
-import csv
-import io
-import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ei import figures
-from ei.exports import plain
+from ei.comparison import compare_runs
+from ei.config import TrainConfig
+from ei.error_cards import error_cards
 from ei.figures import Picture
+from ei.run_files import RunFiles, read_run, sources_of, true_classes
 from ei.run_folder import RunFolder
 
 SPLITS = ("test", "val", "train")
 """In the order of the page; the first that was evaluated gives the headline and the curves."""
-SUMMARY_KEYS = ("samples", "patients", "overall", "accuracy_of", "per_class", "absent", "confusion", "curves")
-OVERALL_KEYS = ("mAP", "mAUC", "mS2", "accuracy")
-CLASS_KEYS = ("positives", "AP", "AUC", "S2", "counts")
 
 
-@dataclass(frozen=True)
-class RunFiles:
-    """What a run folder holds; what a run may lack is empty."""
-
-    name: str
-    config: dict[str, dict[str, Any]]
-    metrics: dict[str, Any]
-    stages: dict[str, list[dict[str, Any]]]  # "Stage 1, oct" -> one record per epoch
-    predictions: list[dict[str, str]]
-    gates: dict[str, list[dict[str, Any]]]  # "primary/oct" -> one record per adapted layer
-
-
-def write_report(run: Path) -> Path:
+def write_report(run: Path, against: Path | None = None) -> Path:
     """Write ``report.html`` into a run folder and return its path.
 
     Args:
-        run: a run folder with ``config.yaml`` and ``metrics.json``; ``predictions.csv``, the stages'
-            ``metrics.jsonl`` and ``gates.json`` are shown where they exist, and said to be missing where not.
+        run: a run folder with ``config.yaml`` and ``metrics.json``; what else evaluation writes, and the stages'
+            ``metrics.jsonl``, are shown where they exist, and said to be missing where not.
+        against: another run to compare it with, evaluated on the same samples.
 
     Raises:
-        ValueError: a file is missing, damaged, or does not fit; the message names it.
+        ValueError: a file is missing, damaged, or does not fit; the message names it. Or the runs cannot be compared.
     """
     files = read_run(run)
     templates = Environment(
@@ -59,138 +42,16 @@ def write_report(run: Path) -> Path:
         lstrip_blocks=True,
     )
     path = RunFolder(run).report
-    path.write_text(templates.get_template("report.html.jinja").render(_page(files)), encoding="utf-8")
+    page = _page(files) | {"comparison": _comparison_view(files, run, against)}
+    path.write_text(templates.get_template("report.html.jinja").render(page), encoding="utf-8")
     return path
-
-
-def read_run(run: Path) -> RunFiles:
-    """The result files of a run folder, checked as far as the report relies on them.
-
-    Raises:
-        ValueError: a file is missing, damaged, or does not fit; the message names it.
-    """
-    folder = RunFolder(run)
-    metrics = _read_metrics(folder.metrics)
-    stages = {f"Stage 1, {name}": folder.stage1(name) for name in metrics["modalities"]} | {"Stage 2": folder.stage2}
-    return RunFiles(
-        name=run.resolve().name,
-        config=_read_config(folder.config),
-        metrics=metrics,
-        stages={title: _read_epochs(stage.history) for title, stage in stages.items() if stage.history.exists()},
-        predictions=_read_predictions(folder.predictions, metrics) if folder.predictions.exists() else [],
-        gates=_read_gates(folder.gates) if folder.gates.exists() else {},
-    )
-
-
-def _read_config(path: Path) -> dict[str, dict[str, Any]]:
-    try:
-        config = yaml.safe_load(_text(path))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(config, dict) or not all(isinstance(section, dict) for section in config.values()):
-        raise ValueError(f"{path} must hold sections of 'name: value' lines")
-    return config
-
-
-def _read_metrics(path: Path) -> dict[str, Any]:
-    metrics = _json(_text(path), str(path))
-    _require_keys(metrics, ("classes", "modalities", "multi_label", "splits"), str(path))
-    if not metrics["splits"]:
-        raise ValueError(f"{path}: splits must hold at least one evaluated split")
-    for split, results in metrics["splits"].items():
-        _require_keys(results, ("fused", "modalities"), f"{path}, {split}")
-        subsets = {f"'{name}'": summary for name, summary in results.get("subsets", {}).items() if summary}
-        for source, summary in {**_sources(results), **subsets}.items():
-            where = f"{path}, {source} of {split}"
-            _require_keys(summary, SUMMARY_KEYS, where)
-            _require_keys(summary["overall"], OVERALL_KEYS, where)
-            _require_keys(summary["per_class"], metrics["classes"], where)
-            for name, entry in summary["per_class"].items():
-                _require_keys(entry, CLASS_KEYS, f"{where}, class {name},")
-    return metrics
-
-
-def _read_epochs(path: Path) -> list[dict[str, Any]]:
-    epochs = []
-    for number, line in enumerate(_text(path).split("\n"), start=1):
-        if line.strip():
-            epochs.append(_json(line, f"{path}, line {number},"))
-            _require_keys(epochs[-1], ("epoch", "loss", "val"), f"{path}, line {number},")
-    return epochs
-
-
-def _read_predictions(path: Path, metrics: Mapping[str, Any]) -> list[dict[str, str]]:
-    try:
-        reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
-        columns, *cells = [[plain(cell) for cell in line] for line in reader if line] or [[]]
-    except csv.Error as error:
-        raise ValueError(f"{path} is not a CSV file: {error}") from error
-    _require_keys(dict.fromkeys(columns), ("split", "label"), str(path))
-    rows = []
-    for number, line in enumerate(cells, start=1):
-        where = f"{path}, sample {number},"
-        if len(line) != len(columns):
-            raise ValueError(f"{where} must have {len(columns)} cells, as the header")
-        row = dict(zip(columns, line, strict=True))
-        rows.append(row)
-        if ";".join(_labels(row, metrics)) != row["label"]:
-            raise ValueError(f"{where} has a label that is no class of metrics.json: {row['label']!r}")
-        for column in columns:
-            if column.startswith("weight:") and not _is_number(row[column]):
-                raise ValueError(f"{where} must have a number as {column}, got {row[column]!r}")
-    return rows
-
-
-def _labels(row: Mapping[str, str], metrics: Mapping[str, Any]) -> list[str]:
-    """The classes of a sample; several are separated by semicolons, which a name may hold too."""
-    if metrics["multi_label"]:
-        return [name for name in metrics["classes"] if f";{name};" in f";{row['label']};"]
-    return [name for name in metrics["classes"] if name == row["label"]]
-
-
-def _is_number(text: str) -> bool:
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
-
-
-def _read_gates(path: Path) -> dict[str, list[dict[str, Any]]]:
-    gates = _json(_text(path), str(path))
-    for part, layers in gates.items():
-        for layer in layers:
-            _require_keys(layer, ("layer", "gates", "bypass", "entropy", "effective_rank"), f"{path}, {part}")
-    return gates
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
-
-
-def _json(text: str, where: str) -> dict[str, Any]:
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{where} must hold a JSON object, got {type(values).__name__}")
-    return values
-
-
-def _require_keys(values: Any, keys: Sequence[str], where: str) -> None:
-    missing = list(keys) if not isinstance(values, Mapping) else [key for key in keys if key not in values]
-    if missing:
-        raise ValueError(f"{where} lacks {', '.join(missing)}")
 
 
 def _page(files: RunFiles) -> dict[str, Any]:
     """Everything that the template names."""
     splits = files.metrics["splits"]
     order = _in_order(splits)
-    headline, sources = order[0], _sources(splits[order[0]])
+    headline, sources = order[0], sources_of(splits[order[0]])
     return {
         "name": files.name,
         "config": files.config,
@@ -200,6 +61,10 @@ def _page(files: RunFiles) -> dict[str, Any]:
         "headline": headline,
         "chance": _chance(sources["fused"]),
         "splits": {split: _split_view(split, splits[split]) for split in order},
+        "calibrations": _calibration_pictures(sources, files.metrics["multi_label"]),
+        "temperatures": files.metrics.get("temperatures") or {},
+        "errors": error_cards(files),
+        "errors_split": files.errors.get("split"),
         "curves": {name: _curve_pictures(name, sources) for name in sources["fused"]["curves"]},
         "stages": {
             stage: [figures.loss_curves(epochs, stage), figures.validation_curves(epochs, stage)]
@@ -207,6 +72,9 @@ def _page(files: RunFiles) -> dict[str, Any]:
         },
         "has_predictions": bool(files.predictions),
         "weights": _weight_pictures(files),
+        "cost": files.cost,
+        "checkpoint_bytes": files.checkpoint_bytes,
+        "stage_costs": {stage: _stage_cost(epochs) for stage, epochs in files.stages.items()},
         "gates": {part: _gate_view(part, layers, files.config) for part, layers in files.gates.items() if layers},
     }
 
@@ -214,11 +82,6 @@ def _page(files: RunFiles) -> dict[str, Any]:
 def _in_order(splits: Iterable[str]) -> list[str]:
     """Each split once; those that SPLITS does not know come last."""
     return sorted(dict.fromkeys(splits), key=lambda split: (*SPLITS, split).index(split))
-
-
-def _sources(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Who predicts: the whole model first, then each modality."""
-    return {"fused": results["fused"], **results["modalities"]}
 
 
 def _chance(summary: Mapping[str, Any]) -> float | None:
@@ -232,7 +95,7 @@ def _split_view(split: str, results: Mapping[str, Any]) -> dict[str, Any]:
     matrix = fused["confusion"]
     return {
         "fused": fused,
-        "sources": _sources(results),
+        "sources": sources_of(results),
         "subsets": results.get("subsets", {}),
         "confusion": figures.confusion(matrix, list(fused["per_class"]), split) if matrix else None,
     }
@@ -252,6 +115,51 @@ def _curve_pictures(name: str, sources: Mapping[str, Mapping[str, Any]]) -> list
     ]
 
 
+def _calibration_pictures(sources: Mapping[str, Mapping[str, Any]], multi_label: bool) -> dict[str, Picture]:
+    """Caption -> picture: of every source, or with several labels of every class of the fused prediction."""
+    pictures = {}
+    for source, summary in sources.items():
+        if "calibration" not in summary or (multi_label and source != "fused"):
+            continue
+        for name, part in summary["calibration"]["of"].items():
+            title = name if multi_label else source
+            without = summary["uncalibrated"]["of"][name]["reliability"] if "uncalibrated" in summary else None
+            caption = f"{title}: ECE {part['ECE']['value']:.3f}"
+            pictures[caption] = figures.reliability(title, part["reliability"], without)
+    return pictures
+
+
+def _stage_cost(epochs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a stage took, from its records."""
+    scores = [(epoch["val"] or {}).get("mAP") for epoch in epochs]
+    known = [score for score in scores if score is not None]
+    best = epochs[scores.index(max(known)) if known else -1]["epoch"] if epochs else None
+    timed = [epoch for epoch in epochs if epoch.get("images_per_second")]
+    seconds = sum(epoch["seconds"] for epoch in timed)
+    images = sum(epoch["images_per_second"] * epoch["seconds"] for epoch in timed)
+    return {
+        "epochs": epochs[-1]["epoch"] if epochs else 0,
+        "best": best,
+        "seconds": seconds,
+        "images_per_second": images / seconds if seconds else None,
+        "memory_gib": max((epoch.get("memory_gib") or 0 for epoch in epochs), default=0) or None,
+    }
+
+
+def _comparison_view(files: RunFiles, run: Path, against: Path | None) -> dict[str, Any] | None:
+    if against is None:
+        return None
+    settings = files.config.get("train", {})
+    splits = compare_runs(
+        run,
+        against,
+        bootstrap=settings.get("bootstrap", TrainConfig.bootstrap),
+        seed=settings.get("seed", TrainConfig.seed),
+    )
+    name = against.resolve().name
+    return {"other": name if name != files.name else str(against), "splits": splits}
+
+
 def _weight_pictures(files: RunFiles) -> dict[str, Picture]:
     """One picture per split, with a bar for all of its samples and one for each true class."""
     modalities, classes = files.metrics["modalities"], files.metrics["classes"]
@@ -262,7 +170,7 @@ def _weight_pictures(files: RunFiles) -> dict[str, Picture]:
         rows = [row for row in files.predictions if row["split"] == split]
         groups = {f"all ({len(rows)})": _mean_weights(rows, modalities)}
         for name in classes:
-            members = [row for row in rows if name in _labels(row, files.metrics)]
+            members = [row for row in rows if name in true_classes(row, files.metrics)]
             if members:
                 groups[f"{name} ({len(members)})"] = _mean_weights(members, modalities)
         pictures[split] = figures.weight_bars(groups, split)

@@ -52,6 +52,22 @@ class RunFolder:
         return self.path / "predictions.csv"
 
     @property
+    def logits(self) -> Path:
+        return self.path / "logits.npz"
+
+    @property
+    def temperature(self) -> Path:
+        return self.path / "temperature.json"
+
+    @property
+    def errors(self) -> Path:
+        return self.path / "errors.json"
+
+    @property
+    def cost(self) -> Path:
+        return self.path / "cost.json"
+
+    @property
     def gates(self) -> Path:
         return self.path / "gates.json"
 

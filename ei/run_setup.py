@@ -31,6 +31,8 @@ def resolved(config: Config, manifest: Manifest) -> Config:
         raise ValueError(
             f"class_weights must have one number for each of {', '.join(manifest.classes)}, got {len(weights)}"
         )
+    if config.train.temperature:
+        require_val_rows(manifest)
     data = replace(config.data, classes=manifest.classes, manifest=str(Path(config.data.manifest).resolve()))
     model = replace(
         config.model, weights=_absolute(config.model.weights), aux_weights=_absolute(config.model.aux_weights)
@@ -41,6 +43,14 @@ def resolved(config: Config, manifest: Manifest) -> Config:
 
 def _absolute(path: str) -> str:
     return str(Path(path).resolve()) if path else ""
+
+
+def require_val_rows(manifest: Manifest) -> None:
+    """Raise a ValueError if there is nothing to fit temperatures on."""
+    if not manifest.split("val"):
+        raise ValueError(
+            "temperature is fitted on val rows, and the manifest has none; add val rows, or leave temperature out"
+        )
 
 
 def require_measurable(manifest: Manifest, *, alone: bool = True) -> None:

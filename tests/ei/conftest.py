@@ -73,3 +73,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("finished")
     return train(configuration(write(folder / "study")), folder / "run")
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures of a report are described and not drawn, which takes most of its time."""
+    from ei import figures
+
+    nothing = "data:image/svg+xml;base64,"
+    monkeypatch.setattr(figures, "_as_picture", lambda figure, alt: figures.Picture(nothing, alt))

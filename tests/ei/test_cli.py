@@ -1,4 +1,5 @@
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -7,6 +8,7 @@ import pytest
 
 from ei.cli import run
 
+COMMANDS = ["demo", "phantom", "prepare", "check", "train", "evaluate", "report", "predict", "params"]
 EI = [sys.executable, "-m", "ei"]
 
 
@@ -17,10 +19,7 @@ def test_help_comes_at_once():
         started = time.perf_counter()
         output = subprocess.run([*EI, "--help"], capture_output=True, text=True, check=True).stdout
         times.append(time.perf_counter() - started)
-    assert all(
-        command in output
-        for command in ("demo", "phantom", "prepare", "check", "train", "evaluate", "predict", "params")
-    )
+    assert all(command in output for command in COMMANDS)
     assert min(times) < 1
 
 
@@ -40,7 +39,7 @@ def test_unknown_command(capsys):
     assert "there is no command 'tarin'; there are demo, phantom, prepare, check, train" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["demo", "phantom", "prepare", "check", "train", "evaluate", "predict", "params"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         run([command, "--help"])
@@ -66,6 +65,16 @@ def test_train_evaluate_predict(study_config, manifest, tmp_path, capsys):
     assert (tmp_path / "p.csv").read_text().count("\n") == 28
 
 
+def test_report_against_another_run_needs_no_torch(finished, tmp_path):
+    runs = [shutil.copytree(finished, tmp_path / name) for name in ("ours", "theirs")]
+    code = "import sys; from ei.cli import run; sys.exit(run(sys.argv[1:]) or 10 * ('torch' in sys.modules))"
+    words = ["report", str(runs[0]), "--against", str(runs[1])]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"report: {runs[0] / 'report.html'}\n")
+    assert "Compared with theirs" in (runs[0] / "report.html").read_text()
+    assert "Compared with" not in (runs[1] / "report.html").read_text()
+
+
 def test_flags_alone(manifest, tmp_path):
     flags = "--modalities cfp,oct --backbone tiny --image-size 8 --epochs 1 --stages 2 --bootstrap 0 --device cpu"
     assert run(["train", "--manifest", str(manifest), *flags.split(), "--out", str(tmp_path / "run")]) == 0
@@ -81,6 +90,7 @@ def test_flags_alone(manifest, tmp_path):
         (["prepare", "mrnet", "nowhere"], "nowhere must be the folder MRNet-v1.0 of the release"),
         (["evaluate", "nowhere"], "nowhere is no run"),
         (["predict", "nowhere", "--manifest", "x.csv"], "nowhere is no run"),
+        (["report", "nowhere"], "cannot read nowhere/metrics.json"),
         (["params", "--modalities", "a", "--classes", "4", "--backbone", "tiny"], "at least two"),
         (["params", "--modalities", "a,b", "--classes", "0", "--backbone", "tiny"], "num_classes must be at least 1"),
     ],

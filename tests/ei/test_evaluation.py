@@ -7,13 +7,18 @@ import numpy as np
 import pytest
 import torch
 
-from ei import evaluate, load, predict
+from ei import evaluate, evaluation, load, predict, train
+from ei.calibration import fit_temperature, probabilities
 from ei.checkpoint import read_checkpoint, write_checkpoint
 from ei.config import Config
 from ei.data.manifest import read_manifest
-from ei.evaluation import label_text, metrics_table, predict_rows, probabilities
+from ei.evaluation import label_text, metrics_table, predict_rows
+from ei.metrics import summarise
+from ei.predictions import labels_of, measure
 from ei.processes import Processes
 from ei.runs import load_trunk
+from ei.stored_logits import StoredLogits
+from ei.temperature import fit_temperatures
 from mor import trainable_parameters
 
 
@@ -76,8 +81,10 @@ def test_gates_by_vit_and_layer(finished):
     assert sum(layers[0]["gates"]) + layers[0]["bypass"] == pytest.approx(1)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_evaluating_again_gives_the_same(run):
-    before = {name: (run / name).read_bytes() for name in ("metrics.json", "predictions.csv", "gates.json")}
+    names = ("metrics.json", "predictions.csv", "gates.json", "logits.npz", "errors.json", "cost.json")
+    before = {name: (run / name).read_bytes() for name in names}
     for name in before:
         (run / name).unlink()
     evaluate(run)
@@ -195,10 +202,161 @@ def test_logits_that_are_not_finite_are_never_written(run):
         predict_rows(model, rows, config, processes=Processes(torch.device("cpu")))
 
 
-def test_probabilities():
-    logits = np.array([[0.0, np.log(3.0)]], dtype=np.float32)
-    np.testing.assert_allclose(probabilities(logits, multi_label=False), [[0.25, 0.75]])
-    np.testing.assert_allclose(probabilities(logits, multi_label=True), [[0.5, 0.75]])
+def test_a_modality_that_a_row_lacks_has_no_logits_and_no_part_in_its_figures(finished, monkeypatch):
+    """As if the model had answered for a modality without an image, which it may."""
+    config = Config.load(finished / "config.yaml")
+    manifest = read_manifest(config.data.manifest, config.data, classes=config.data.classes)
+    rows = manifest.split("test")
+    rows = [replace(row, images={**row.images, "oct": ()}) if index < 3 else row for index, row in enumerate(rows)]
+    logits = np.random.default_rng(0).normal(size=(3, 9, 3)).astype(np.float32)
+    kinds = [evaluation.LOGITS, ("modality", "cfp"), ("modality", "oct")]
+    found = dict(zip(kinds, logits, strict=True)), [row.id for row in rows]
+    monkeypatch.setattr(evaluation, "_predict", lambda *_: found)
+    predictions = predict_rows(None, rows, config, processes=Processes(torch.device("cpu")))
+    assert np.isnan(predictions.modality_logits["oct"][:3]).all()
+    assert np.isfinite(predictions.modality_logits["oct"][3:]).all() and np.isfinite(predictions.logits).all()
+    measured = measure(predictions, rows, manifest, config, {})
+    assert (measured["fused"]["samples"], measured["modalities"]["oct"]["samples"]) == (9, 6)
+    assert fit_temperatures(predictions.by_source, labels_of(rows), multi_label=False)["oct"] == fit_temperature(
+        logits[2, 3:], labels_of(rows[3:]), multi_label=False
+    )
+    predictions.modality_logits["oct"][:] = np.nan
+    assert list(measure(predictions, rows, manifest, config, {})["modalities"]) == ["cfp"]
+    assert fit_temperatures(predictions.by_source, labels_of(rows), multi_label=False)["oct"] == 1
+
+
+def test_raw_logits_are_kept_whole(finished):
+    """They give the same figures again, bit for bit, which probabilities of six digits need not."""
+    stored = StoredLogits.read(finished / "logits.npz").of_split("test")
+    assert stored.sources.tolist() == ["fused", "cfp", "oct"] and stored.logits.dtype == np.float32
+    measured = json.loads((finished / "metrics.json").read_text())["splits"]["test"]
+    for source, logits in zip(stored.sources.tolist(), stored.logits, strict=True):
+        again = summarise(
+            logits, stored.labels, stored.patients.tolist(), stored.classes.tolist(), multi_label=False, bootstrap=0
+        )
+        summary = measured["fused"] if source == "fused" else measured["modalities"][source]
+        for name, figure in again["overall"].items():
+            assert figure["value"] == summary["overall"][name]["value"]
+
+
+def test_the_worst_errors_name_their_images(finished):
+    errors = json.loads((finished / "errors.json").read_text())
+    assert errors["split"] == "test" and len(errors["samples"]) == 9  # of the 12 that may be shown
+    losses = [sample["loss"] for sample in errors["samples"]]
+    assert losses == sorted(losses, reverse=True)
+    for sample in errors["samples"]:
+        assert sample["files"] == {name: [f"{sample['id']}_{name}.png"] for name in ("cfp", "oct")}
+        assert all((finished.parent / "study" / files[0]).is_file() for files in sample["files"].values())
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_report_has_the_images_of_as_many_errors_as_are_wanted(run):
+    for wanted, images in ((2, 4), (0, 0)):
+        set_train(run, report_images=wanted)
+        evaluate(run)
+        assert len(json.loads((run / "errors.json").read_text())["samples"]) == wanted
+        assert (run / "report.html").read_text().count("data:image/jpeg") == images
+
+
+def test_cost_of_the_model(finished):
+    cost = json.loads((finished / "cost.json").read_text())
+    model, _ = load(finished)
+    assert cost["trained"]["total"] == sum(p.numel() for p in trainable_parameters(model).values())
+    assert cost["frozen"] > 0 and cost["flops"] > 2 * cost["frozen"]
+
+
+def set_train(run, **changes) -> None:
+    config = Config.load(run / "config.yaml")
+    replace(config, train=replace(config.train, **changes)).save(run / "config.yaml")
+
+
+def fused_probabilities(rows: list[dict]) -> np.ndarray:
+    return np.array([[float(row[f"fused:{name}"]) for name in ("dark", "grey", "light")] for row in rows])
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_temperatures_change_probabilities_and_nothing_else(run):
+    before, table_before = json.loads((run / "metrics.json").read_text()), table(run / "predictions.csv")
+    set_train(run, temperature=True)
+    metrics = evaluate(run)
+    stored = StoredLogits.read(run / "logits.npz")
+    val = stored.of_split("val")
+    for source, temperature in metrics["temperatures"].items():
+        index = stored.sources.tolist().index(source)
+        # Of the val rows and no others.
+        assert temperature == fit_temperature(val.logits[index], val.labels, multi_label=False)
+    assert set(metrics["temperatures"]) == {"fused", "cfp", "oct"}
+    assert metrics["temperatures"]["fused"] != 1
+    for split, measured in metrics["splits"].items():
+        for source, summary in {"fused": measured["fused"], **measured["modalities"]}.items():
+            old = before["splits"][split]
+            old = old["fused"] if source == "fused" else old["modalities"][source]
+            assert summary.pop("uncalibrated") == old.pop("calibration")
+            after = summary.pop("calibration")
+            assert summary == old
+            if split == "val":
+                old_loss = json.loads((run / "metrics.json").read_text())["splits"]["val"]
+                old_loss = old_loss["fused"] if source == "fused" else old_loss["modalities"][source]
+                assert after["log_loss"]["value"] <= old_loss["uncalibrated"]["log_loss"]["value"]
+    rows = table(run / "predictions.csv")
+    expected = probabilities(stored.logits[0].astype(float) / metrics["temperatures"]["fused"], False)
+    np.testing.assert_allclose(fused_probabilities(rows), expected, atol=6e-7)
+    assert (fused_probabilities(rows).argmax(1) == fused_probabilities(table_before).argmax(1)).all()
+    assert [row["weight:oct"] for row in rows] == [row["weight:oct"] for row in table_before]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_prediction_has_the_temperatures_of_the_evaluation(run, tmp_path):
+    set_train(run, temperature=True)
+    evaluate(run)
+    predict(run, run.parent / "study/manifest.csv", tmp_path / "out.csv")
+    new, old = table(tmp_path / "out.csv")[12:], table(run / "predictions.csv")
+    assert [{**row, "split": "", "label": ""} for row in old] == new
+
+
+@pytest.mark.fault("no temperature, a damaged one, or that of another model", "nothing is predicted")
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda run: None, "has no temperature yet .*; 'ei evaluate .*' fits it"),
+        (lambda run: (run / "temperature.json").write_text("{"), "temperature.json is damaged; 'ei evaluate"),
+        (lambda run: (run / "temperature.json").write_text('{"temperatures": {}}'), "temperature.json is damaged"),
+        (
+            lambda run: (run / "temperature.json").write_text('{"model": "x", "temperatures": {"fused": 2}}'),
+            "was fitted for another model than .*best.safetensors; 'ei evaluate",
+        ),
+    ],
+)
+def test_no_probability_is_given_without_the_temperature_that_was_asked_for(run, tmp_path, spoil, message):
+    set_train(run, temperature=True)
+    spoil(run)
+    with pytest.raises(ValueError, match=message):
+        predict(run, run.parent / "study/manifest.csv", tmp_path / "out.csv")
+    assert not (tmp_path / "out.csv").exists()
+
+
+def test_a_temperature_without_val_rows_is_refused_before_training(manifest, study_config, tmp_path):
+    manifest.write_text(manifest.read_text().replace(",val,", ",train,"))
+    with pytest.raises(ValueError, match="temperature is fitted on val rows, and the manifest has none"):
+        train(study_config(manifest, temperature=True), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_temperatures_of_several_labels(manifest, study_config, tmp_path):
+    lines = list(csv.reader(manifest.read_text().splitlines()))
+    flags = {"dark": ("0", "1"), "grey": ("1", "0"), "light": ("1", "1")}
+    rows = [[*line[:3], *flags[line[3]], *line[4:]] for line in lines[1:]]
+    content = [["id", "patient", "split", "bright", "odd", "cfp", "oct"], *rows]
+    manifest.write_text("\n".join(map(",".join, content)) + "\n")
+    config = study_config(manifest, temperature=True, stages="2")
+    config = replace(config, data=replace(config.data, labels=("bright", "odd")))
+    run = train(config, tmp_path / "run")
+    val = StoredLogits.read(run / "logits.npz").of_split("val")
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["temperatures"]["fused"] == fit_temperature(val.logits[0], val.labels, multi_label=True)
+    assert set(metrics["splits"]["test"]["fused"]["calibration"]["of"]) == {"bright", "odd"}
+    assert (run / "report.html").is_file()
 
 
 def test_labels_as_text():

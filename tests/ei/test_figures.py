@@ -6,6 +6,7 @@ from xml.etree import ElementTree
 import pytest
 
 from ei import figures
+from ei.calibration import reliability
 from ei.figures import Picture
 
 
@@ -41,6 +42,22 @@ def test_a_figure_that_was_never_defined_is_not_drawn() -> None:
 def test_confusion_counts_the_diagonal_and_survives_an_empty_row() -> None:
     picture = figures.confusion([[7, 1], [0, 0]], ["a", "b"], "test")
     assert "7 of 8 samples of test are on the diagonal" in picture.alt
+
+
+def test_reliability_tells_its_bins_and_draws_both_sets_of_points() -> None:
+    bins = reliability([0.1, 0.9, 0.95], [False, True, False])
+    told = "0.10 and 0.00 of 1; 0.90 and 1.00 of 1; 0.95 and 0.00 of 1."
+    plain = figures.reliability("oct", bins)
+    assert plain.alt == f"Reliability of oct: mean probability and share that came true by bin: {told}"
+    assert "without" not in drawn_text(plain) and "Probability" in drawn_text(plain)
+    both = figures.reliability("oct", bins, reliability([0.5], [True]))
+    assert both.alt == plain.alt and "without" in drawn_text(both)
+
+
+def test_counts_in_a_reliability_plot_are_plain_numbers() -> None:
+    """Of a logarithmic axis: no formulas, which the style leaves as they are written."""
+    text = drawn_text(figures.reliability("oct", reliability([0.1] * 2000 + [0.9], [False] * 2000 + [True])))
+    assert "100" in text and "$" not in text and "mathdefault" not in text
 
 
 def test_layers_may_differ_in_experts_and_bypass() -> None:

@@ -2,6 +2,7 @@
 
 import doctest
 import json
+import math
 
 import numpy as np
 import pytest
@@ -11,8 +12,17 @@ from hypothesis import strategies as st
 from sklearn import metrics as sklearn_metrics
 from torchmetrics.functional import classification as torchmetrics_functional
 
-from ei import metrics
-from ei.metrics import average_precision, roc_auc, s2, summarise, weighted_ap_and_auc
+from ei import metrics, resampling
+from ei.metrics import (
+    average_precision,
+    mcnemar,
+    paired_difference,
+    roc_auc,
+    s2,
+    summarise,
+    weighted_ap_and_auc,
+)
+from ei.resampling import patient_weights
 
 CLASSES = ["a", "b", "c", "d"]
 
@@ -41,7 +51,7 @@ def tied_rows(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def test_examples_in_the_docstrings_are_true() -> None:
-    assert doctest.testmod(metrics) == (0, 8)
+    assert doctest.testmod(metrics) == (0, 11)
 
 
 @given(tied_rows())
@@ -250,7 +260,7 @@ def test_intervals_contain_the_value_and_depend_on_the_seed_alone(monkeypatch: p
     assert run(2)["overall"]["mAP"] != first["overall"]["mAP"]
     assert values(run(2)["overall"]) == values(first["overall"])
     # A bound on memory must not change a number.
-    monkeypatch.setattr(metrics, "_WEIGHTS_AT_ONCE", 7 * 60)
+    monkeypatch.setattr(resampling, "NUMBERS_AT_ONCE", 7 * 60)
     assert run(1) == first
 
 
@@ -326,3 +336,99 @@ def test_arguments_that_do_not_fit_are_refused(change: dict, message: str) -> No
 def test_no_rows_are_refused() -> None:
     with pytest.raises(ValueError, match="1 or more samples"):
         summarise(np.empty((0, 2)), np.empty(0, int), [], ["a", "b"], multi_label=False)
+
+
+def two_runs(samples: int = 60, seed: int = 0, multi_label: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Logits of a better and of a worse run, which share what makes samples hard, and their labels."""
+    generator = np.random.default_rng(seed)
+    labels = generator.integers(0, 3, samples)
+    flags = np.eye(3, dtype=int)[labels]
+    if multi_label:
+        labels = flags = flags | (generator.random(flags.shape) < 0.3)
+    shared = generator.normal(size=flags.shape) - 0.5 * multi_label
+    better, worse = (shared + skill * flags + 0.3 * generator.normal(size=flags.shape) for skill in (1.6, 0.8))
+    return better, worse, labels
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_differences_are_those_of_both_runs_on_the_same_patients(multi_label: bool) -> None:
+    """The plain way: collect the rows of each resampling, measure both runs on them, subtract."""
+    better, worse, labels = two_runs(multi_label=multi_label)
+    patients, classes = [f"patient {row // 4}" for row in range(60)], CLASSES[:3]
+    found = paired_difference(better, worse, labels, patients, classes, multi_label=multi_label, bootstrap=40, seed=5)
+
+    def overall(logits: np.ndarray, rows: np.ndarray) -> dict[str, float]:
+        names = [patients[row] for row in rows]
+        result = summarise(logits[rows], labels[rows], names, classes, multi_label=multi_label, bootstrap=0)
+        return values(result["overall"])
+
+    every = np.arange(60)
+    (weights,) = patient_weights(patients, 40, seed=5)
+    resampled = [np.repeat(every, weight.astype(int)) for weight in weights]
+    for name, difference in found.items():
+        assert difference["value"] == pytest.approx(overall(better, every)[name] - overall(worse, every)[name])
+        drawn = np.array([overall(better, rows)[name] - overall(worse, rows)[name] for rows in resampled])
+        assert [difference["low"], difference["high"]] == pytest.approx(np.percentile(drawn, [2.5, 97.5]).tolist())
+        assert difference["p"] == pytest.approx(min(1, 2 * ((drawn <= 0).sum() + 1) / 41))
+
+
+def test_the_other_way_round_the_difference_has_the_other_sign_and_the_same_p() -> None:
+    better, worse, labels = two_runs()
+    patients, settings = [str(row) for row in range(60)], {"multi_label": False, "bootstrap": 200}
+    there = paired_difference(better, worse, labels, patients, CLASSES[:3], **settings)
+    back = paired_difference(worse, better, labels, patients, CLASSES[:3], **settings)
+    for name, difference in there.items():
+        assert back[name]["value"] == -difference["value"] < 0
+        assert [back[name]["low"], back[name]["high"]] == pytest.approx([-difference["high"], -difference["low"]])
+        assert back[name]["p"] == difference["p"]
+
+
+def test_a_run_is_no_better_than_itself() -> None:
+    better, _, labels = two_runs()
+    found = paired_difference(better, better, labels, [str(row) for row in range(60)], CLASSES[:3], multi_label=False)
+    assert all(entry == {"value": 0.0, "low": 0.0, "high": 0.0, "p": 1.0} for entry in found.values())
+
+
+def test_what_both_runs_find_hard_cancels_out() -> None:
+    """The interval of the paired difference is narrower than that of either run."""
+    better, worse, labels = two_runs(200)
+    patients = [str(row) for row in range(200)]
+    paired = paired_difference(better, worse, labels, patients, CLASSES[:3], multi_label=False)["mAP"]
+    alone = [summarise(run, labels, patients, CLASSES[:3], multi_label=False)["overall"] for run in (better, worse)]
+    widths = [run["mAP"]["high"] - run["mAP"]["low"] for run in alone]
+    assert paired["high"] - paired["low"] < 0.9 * np.hypot(*widths)
+
+
+def test_p_is_rarely_small_where_two_runs_are_equally_good() -> None:
+    smalls = []
+    for seed in range(100):
+        generator = np.random.default_rng(seed)
+        labels = generator.integers(0, 2, 80)
+        runs = [np.eye(2)[labels] + generator.normal(size=(80, 2)) for _ in range(2)]
+        patients = [str(row) for row in range(80)]
+        found = paired_difference(*runs, labels, patients, ["a", "b"], multi_label=False, bootstrap=200, seed=seed)
+        smalls.append(found["mAP"]["p"] < 0.05)
+    assert np.mean(smalls) < 0.15
+
+
+@pytest.mark.parametrize(("patients", "bootstrap"), [(4, 100), (60, 0)])
+def test_few_patients_or_no_resampling_give_a_difference_without_interval_and_p(patients: int, bootstrap: int) -> None:
+    better, worse, labels = two_runs()
+    names = [str(row % patients) for row in range(60)]
+    found = paired_difference(better, worse, labels, names, CLASSES[:3], multi_label=False, bootstrap=bootstrap)
+    assert all(e["value"] > 0 and e["low"] is None and e["p"] is None for e in found.values())
+
+
+def test_without_both_labels_there_is_no_difference() -> None:
+    found = paired_difference(
+        [[1.0, 0.0]] * 6, [[0.0, 1.0]] * 6, [0] * 6, list("pqrstu"), ["a", "b"], multi_label=False
+    )
+    assert found["mAP"] == {"value": None, "low": None, "high": None, "p": None}
+    assert found["accuracy"]["value"] == 1.0
+
+
+def test_mcnemar_is_a_sign_test_on_rows_that_differ() -> None:
+    right, other = np.array([1] * 9 + [0] * 2 + [1] * 50), np.array([0] * 9 + [1] * 2 + [1] * 50)
+    expected = 2 * sum(math.comb(11, k) for k in range(3)) / 2**11
+    assert mcnemar(right, other) == mcnemar(other, right) == pytest.approx(expected)
+    assert mcnemar(right, right) == 1.0
