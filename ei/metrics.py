@@ -282,7 +282,7 @@ def resampled_figures(
 
 
 def compared(differences: Floats) -> dict[str, float | None]:
-    """A difference (1 + W,), as differences of :func:`resampled_figures` are: ``value``, ``low``, ``high``, and ``p``."""
+    """A difference of what :func:`resampled_figures` gives (1 + W,): ``value``, ``low``, ``high``, and ``p``."""
     value, others = differences[0], differences[1:]
     return figure(value, others) | {"p": _sign_p(value, others)}
 
