@@ -146,19 +146,19 @@ def find_methods(names: Sequence[str], base: Config) -> list[Method]:
     if not names:
         raise ValueError("methods must name at least one method, such as ei,late")
     methods = [find_method(name) for name in names]
-    seen: dict[Any, str] = {}
-    folders: dict[str, str] = {}
+    seen: dict[tuple[Config, str | None], str] = {}
+    folders: set[str] = set()
     for method in methods:
-        config = method.applied(base)
+        # Some disks do not tell upper from lower case.
+        if method.folder.lower() in folders or method.folder.startswith("."):
+            raise ValueError(f"methods must have names of their own, without a dot first, got '{method.name}'")
+        folders.add(method.folder.lower())
         if method.modality is not None and method.modality not in base.data.modalities:
             known = ", ".join(base.data.modalities)
             raise ValueError(f"method '{method.name}': there is no modality '{method.modality}', there are {known}")
-        same = seen.setdefault((config, method.modality), method.name)
+        same = seen.setdefault((method.applied(base), method.modality), method.name)
         if same != method.name:
             raise ValueError(f"methods '{same}' and '{method.name}' are the same; leave one out")
-        # Some disks do not tell upper from lower case.
-        if folders.setdefault(method.folder.lower(), method.name) is not method.name or method.folder.startswith("."):
-            raise ValueError(f"methods must have names of their own, without a dot first, got '{method.name}' again")
     return methods
 
 
