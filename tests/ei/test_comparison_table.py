@@ -129,9 +129,7 @@ def test_a_method_that_failed_is_a_row_without_figures() -> None:
 
 
 def test_without_the_first_method_there_is_no_difference() -> None:
-    content = tabulate(
-        [result("other", 0, stored(0))], [], {"first": 1, "other": 2}, folds=[""], bootstrap=9, seed=0
-    )
+    content = tabulate([result("other", 0, stored(0))], [], {"first": 1, "other": 2}, folds=[""], bootstrap=9, seed=0)
     assert content["reference"] == "first" and content["methods"][0]["sources"] == {}
     assert fused(content, 1)["difference"] is None and fused(content, 1)["measures"]["mAP"]["value"] is not None
 
@@ -180,7 +178,10 @@ def test_cost_is_that_of_a_seed() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"ids": np.array([f"eye {row:02d}" for row in range(24)])}, "first, seed 0 and other, seed 1 are not the same"),
+        (
+            {"ids": np.array([f"eye {row:02d}" for row in range(24)])},
+            "first, seed 0 and other, seed 1 are not the same",
+        ),
         ({"labels": (np.arange(24) + 1) % 3}, "differ in the label of 24 samples"),
         ({"patients": np.array(["x"] * 24)}, "differ in the patient"),
         ({"classes": np.array(["a", "c", "b"])}, "first, seed 0 and other, seed 1 must have the same classes"),
