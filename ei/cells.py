@@ -7,6 +7,7 @@ finished is left alone. ``cell.json`` in its folder says that it is finished, an
 import gc
 import json
 import os
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -156,7 +157,7 @@ def run_plan(plan: Plan, *, share_stage1: bool = True) -> dict[Cell, str]:
         if cell.state == "done":
             continue
         say(f"{number}/{len(order)}: {cell.title}")
-        _forget_the_last_one()
+        _forget_the_last(cell)
         try:
             if cell.method.modality is None:
                 _train(cell, plan.cells if share_stage1 else [])
@@ -166,7 +167,7 @@ def run_plan(plan: Plan, *, share_stage1: bool = True) -> dict[Cell, str]:
             raise
         except Exception as error:
             if "EI_TRACEBACK" in os.environ:
-                raise
+                traceback.print_exc()
             failed[cell] = " ".join(str(error).split()) or type(error).__name__
             say(f"{cell.title} failed: {failed[cell]}")
     return failed
@@ -346,10 +347,11 @@ def _count(cell: Cell) -> int:
     return count_trainable(model)["total"]
 
 
-def _forget_the_last_one() -> None:
-    """So that a cell neither computes in what another has left, nor is charged for it."""
-    gc.collect()
-    torch.compiler.reset()
+def _forget_the_last(cell: Cell) -> None:
+    """So that this cell neither computes in what another has left, nor is charged for it."""
+    if cell.config.train.compile != "off":
+        torch.compiler.reset()
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

@@ -2,7 +2,7 @@
 
 ========================  =========================================================================================
 ``FUSION``                a value of ``model.fusion``, with the adapters of the shared configuration
-``FUSION:ADAPTER``        the same, with a value of ``model.adapter`` or a name of :data:`ADAPTERS`
+``FUSION:ADAPTER``        the same, with a value of ``model.adapter`` or a name of :data:`VARIANTS`
 ``late:average``, ...     other names of ``late-average``, ``late-weighted``, ``late-max``, ``late-learned``
 ``uni:MODALITY``          the first stage's model of one modality alone, as another method of the comparison has it
 ``FILE.yaml``             sections as for ``--config``, on top of the shared configuration; called as the file
@@ -21,7 +21,7 @@ import yaml
 
 from ei.config import Config, IdleError, ModelConfig
 
-ADAPTERS: dict[str, dict[str, Any]] = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "mor-no-bypass": {"adapter": "mor", "bypass": False},
 }
 """Adapters that are more than a value of ``model.adapter``."""
@@ -57,7 +57,7 @@ _OF_STAGE2 = {
     ),
     "train": ("aux_weight", "gate_weight", "gate_prior", "stage1_from", "bootstrap", "temperature", "report_images"),
 }
-_OF_AN_ADAPTER = ("targets", "ranks", "alphas", "bypass", "dropout")
+_OF_AN_ADAPTER = ("targets", "ranks", "alphas", "bypass", "dropout", "blocks", "prompts", "scale_patches")
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ class Method:
     def applied(self, base: Config) -> Config:
         """The configuration of this method.
 
-        A method with another adapter than ``base`` has that adapter's own defaults for targets, ranks, alphas, bypass
-        and dropout, unless it sets them. Shared settings that would change nothing for the method, such as
+        A method with another adapter than ``base`` has that adapter's own defaults for targets, ranks and the like,
+        unless it sets them. Shared settings that would change nothing for the method, such as
         ``int_hidden`` for late fusion, are left out.
 
         Raises:
@@ -96,8 +96,7 @@ class Method:
         values = base.to_dict()
         adapter = self.changes.get("model", {}).get("adapter", base.model.adapter)
         if adapter != base.model.adapter:
-            defaults = {item.name: item.default for item in fields(ModelConfig)}
-            values["model"] |= {name: defaults[name] for name in _OF_AN_ADAPTER}
+            values["model"] |= {item.name: item.default for item in fields(ModelConfig) if item.name in _OF_AN_ADAPTER}
         for section, changed in self.changes.items():
             if section in values:
                 values[section] |= changed
@@ -133,7 +132,7 @@ def find_method(name: str) -> Method:
         return Method(name, {}, modality=name.removeprefix(ALONE))
     fusion, _, adapter = _LATE.sub(r"late-\1", name).partition(":")
     adapter = adapter or USUAL_ADAPTER.get(fusion, "")
-    chosen = ADAPTERS.get(adapter, {"adapter": adapter}) if adapter else {}
+    chosen = VARIANTS.get(adapter, {"adapter": adapter}) if adapter else {}
     return Method(name, {"model": {"fusion": fusion, **chosen}})
 
 
@@ -180,16 +179,18 @@ def settings_of(config: Config, base: Config) -> dict[str, Any]:
 def stage1_key(config: Config) -> str:
     """Two configurations with the same key have the same first stage, to the last bit.
 
-    What is not known here to concern only the second stage counts, so a setting that is new makes keys differ.
+    Of the model's and the training's settings, those not known here to concern only the second stage count, so one that
+    is new makes keys differ. Other sections are of fusions.
 
     >>> stage1_key(Config()) == stage1_key(Config(model=ModelConfig(fusion="late")))
     True
     """
     values = config.to_dict()
-    for section, names in _OF_STAGE2.items():
-        for name in names:
-            del values[section][name]
-    return json.dumps(values, sort_keys=True)
+    counting = {
+        section: {name: value for name, value in values[section].items() if name not in _OF_STAGE2.get(section, ())}
+        for section in ("data", "model", "train")
+    }
+    return json.dumps(counting, sort_keys=True)
 
 
 def _from_file(path: Path) -> Method:

@@ -17,6 +17,7 @@ from ei.cli import run
 from ei.compare import compare
 from ei.config import Config
 from ei.data.manifest import read_manifest
+from ei.demo import demo_config, pretrain, write_pairs
 from ei.figures import Picture
 from ei.interrupts import Interrupted
 from ei.predictions import Predictions, stored_logits
@@ -345,3 +346,18 @@ def test_the_plan_writes_nothing(manifest: Path, tmp_path: Path, pretended: list
     assert not out.exists() and not pretended
     assert run(["compare", "--methods", "ei"]) == 1
     assert "compare needs --manifest FILE" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_told_branches_beat_blind_ones(tmp_path: Path) -> None:
+    """On pairs of digits a branch sees half of the class: only intervention tells it the other half."""
+    manifest = write_pairs(tmp_path / "data", seed=0)
+    weights, _ = pretrain(tmp_path / "backbone.safetensors", seed=0)
+    content = compare(demo_config(manifest, weights, seed=0), ["late", "ei"], tmp_path / "out", seeds=1)
+    late, told = (method["sources"] for method in content["methods"])
+    for side in ("left", "right"):
+        assert late[side]["measures"]["accuracy"]["value"] < 0.6
+        assert told[side]["measures"]["accuracy"]["value"] > 0.8
+        difference = told[side]["difference"]["accuracy"]
+        assert difference["low"] > 0.2 and difference["p"] < 0.01
+    assert abs(told["fused"]["difference"]["accuracy"]["value"]) < 0.1  # both have both halves there
