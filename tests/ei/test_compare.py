@@ -349,6 +349,7 @@ def test_the_plan_writes_nothing(manifest: Path, tmp_path: Path, pretended: list
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_told_branches_beat_blind_ones(tmp_path: Path) -> None:
     """On pairs of digits a branch sees half of the class: only intervention tells it the other half."""
     manifest = write_pairs(tmp_path / "data", seed=0)
