@@ -112,11 +112,12 @@ def make_plan(config: Config, names: Sequence[str], *, seeds: int, out: Path) ->
     first = next(iter(manifests.values()))
     cells = []
     for fold, (path, manifest) in zip(_fold_names(manifests), manifests.items(), strict=True):
-        shared = resolved(replace(config, data=replace(config.data, manifest=str(path))), manifest)
+        data = replace(config.data, manifest=str(path))
         for seed in range(config.train.seed, config.train.seed + seeds):
             for method in methods:
-                own = method.applied(shared)
-                own = replace(own, train=replace(own.train, seed=seed))
+                own = method.applied(replace(config, data=data, train=replace(config.train, seed=seed)))
+                # Resolved as training does it, which may depend on the method.
+                own = resolved(own, manifest)
                 cells.append(Cell(method, fold, own, out / method.folder / fold / f"seed-{seed}"))
     plan = Plan(
         base=replace(config, data=replace(config.data, classes=first.classes)),
