@@ -32,6 +32,7 @@ commands:
   prepare    write the manifest of MMC-AMD, Derm7pt or MRNet from the folder that was downloaded
   check      look for everything that is wrong with a manifest and its images, without torch
   train      train on a manifest, both stages, and evaluate
+  compare    train several methods under one protocol, and write one table of all
   evaluate   evaluate a run on its validation and test rows again
   report     write a run's report again, and compare it with another run, without torch
   predict    predict the rows of another manifest
@@ -104,6 +105,28 @@ class Train:
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
     out: Path = Path("runs/latest")
     """Folder of the run: new, empty, or that of a run that was stopped, which then goes on."""
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Train several methods with several seeds under one protocol, and write comparison.csv, .html, .tex and .json.
+    --config FILE as for 'ei train'; --manifest may name several files, separated by commas: folds. The same command
+    goes on with a comparison that was stopped.
+    """
+
+    methods: Names
+    """FUSION or FUSION:ADAPTER (as ei, late, ei:lora, ei:mor-no-bypass), uni:MODALITY, or YAML files of settings; the
+    others are compared with the first."""
+    config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
+    """What all methods share."""
+    seeds: int = 3
+    """So many, from --seed on."""
+    share_stage1: bool = True
+    """Train a first stage that several methods have once for each seed, instead of for each of them."""
+    plan: bool = False
+    """Only show what would be trained, and what is trained already."""
+    out: Path = Path("runs/comparison")
+    """Folder of the comparison: METHOD/seed-K, and the tables."""
 
 
 @dataclass(frozen=True)
@@ -238,6 +261,29 @@ def train(words: Sequence[str]) -> None:
     _show(folder)
 
 
+def compare(words: Sequence[str]) -> int:
+    path, words = _take_config(list(words))
+    base = Compare(methods=tyro.MISSING, config=Config() if path is None else Config.load(path))
+    command = _parse(Compare, "compare", words, default=base)
+    if not command.config.data.manifest:
+        raise ValueError("compare needs --manifest FILE, or a --config that names one")
+    if command.plan:
+        from ei.cells import make_plan
+
+        for line in make_plan(command.config, command.methods, seeds=command.seeds, out=command.out).lines():
+            print(line)
+        return 0
+    from ei.compare import compare
+    from ei.comparison_files import text_lines
+
+    table = compare(
+        command.config, command.methods, command.out, seeds=command.seeds, share_stage1=command.share_stage1
+    )
+    for line in [*text_lines(table), f"tables: {command.out / 'comparison.html'}, .csv, .tex, .json"]:
+        print(line)
+    return 1 if any(method["failed"] for method in table["methods"]) else 0
+
+
 def evaluate(words: Sequence[str]) -> None:
     command = _parse(Evaluate, "evaluate", words)
     from ei.evaluation import evaluate
@@ -301,6 +347,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "prepare": prepare,
     "check": check,
     "train": train,
+    "compare": compare,
     "evaluate": evaluate,
     "report": report,
     "predict": predict,

@@ -54,7 +54,7 @@ def compare_runs(run: Path, other: Path, *, bootstrap: int, seed: int) -> dict[s
     differences = {}
     for split in shared:
         mine, others = ours.of_split(split), theirs.of_split(split)
-        _require_same_samples(mine, others, f"the {split} rows of {run} and {other}")
+        require_same_samples(mine, others, f"the {split} rows of {run} and {other}")
         found = (
             _difference(mine, others, source, bootstrap, seed)
             for source in mine.sources.tolist()
@@ -71,7 +71,8 @@ def _stored(run: Path) -> StoredLogits:
     return StoredLogits.read(folder.logits)
 
 
-def _require_same_samples(ours: StoredLogits, theirs: StoredLogits, what: str) -> None:
+def require_same_samples(ours: StoredLogits, theirs: StoredLogits, what: str) -> None:
+    """Raise a ValueError if the samples of a split, sorted by id, are others, or of other labels or patients."""
     only = [sorted(set(one.ids.tolist()) - set(two.ids.tolist())) for one, two in ((ours, theirs), (theirs, ours))]
     if any(only):
         raise ValueError(

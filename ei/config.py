@@ -429,16 +429,23 @@ def find_config(name: str) -> Path:
     return shipped[name]
 
 
+class IdleError(ValueError):
+    """Settings that were set, and would change nothing: a comparison of two such runs would be one of noise."""
+
+    def __init__(self, names: Sequence[str], other: str) -> None:
+        super().__init__(f"with {other}, {' and '.join(names)} would change nothing; leave it out")
+        self.names = names
+
+
 def _require(condition: bool, name: str, requirement: str, value: object) -> None:
     if not condition:
         raise ValueError(f"{name} must be {requirement}, got {value!r}")
 
 
 def _refuse_idle(settings: Any, names: Sequence[str], other: str) -> None:
-    """Refuse what was set, and would change nothing: a comparison of two such runs would be one of noise."""
     idle = [item.name for item in fields(settings) if item.name in names and vars(settings)[item.name] != item.default]
     if idle:
-        raise ValueError(f"with {other}, {' and '.join(idle)} would change nothing; leave it out")
+        raise IdleError(idle, other)
 
 
 def _refuse_unknown(what: str, given: Mapping[str, Any], known: Any) -> None:

@@ -20,6 +20,7 @@ from ei.resampling import Floats, figure, patient_weights
 
 Bools = NDArray[np.bool_]
 
+OVERALL = ("mAP", "mAUC", "mS2", "accuracy")
 CURVE_POINTS = 200
 """A curve is thinned to at most this many points."""
 
@@ -244,18 +245,46 @@ def paired_difference(
     >>> paired_difference(good, bad, [0, 1, 1, 0], list("pqrs"), ["a", "b"], multi_label=False)["accuracy"]
     {'value': 0.25, 'low': None, 'high': None, 'p': None}
     """
-    pair = [checked(values, labels, patients, classes, multi_label) for values in (logits, other)]
-    cases = [(values, positives, decided(values, multi_label), multi_label) for values, positives in pair]
-    value = _difference(*(_means(_values(*case)) for case in cases))
-    parts = [
-        _difference(*(_means(_resampled(*case, weights)) for case in cases))
-        for weights in patient_weights(patients, bootstrap, seed)
-    ]
-    resampled = {name: np.concatenate([part[name] for part in parts]) if parts else None for name in value}
-    return {
-        name: figure(difference[0], resampled[name]) | {"p": _sign_p(difference[0], resampled[name])}
-        for name, difference in value.items()
-    }
+    ours, theirs = (
+        resampled_figures(values, labels, patients, classes, multi_label=multi_label, bootstrap=bootstrap, seed=seed)
+        for values in (logits, other)
+    )
+    return {name: compared(ours[name] - theirs[name]) for name in OVERALL}
+
+
+def resampled_figures(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    patients: Sequence[str],
+    classes: Sequence[str],
+    *,
+    multi_label: bool,
+    bootstrap: int,
+    seed: int,
+) -> dict[str, Floats]:
+    """Figures as they are, and in each resampling of the patients: what is made of several sets of predictions can be
+    resampled as one, since the same seed draws the same patients. Arguments are those of :func:`summarise`.
+
+    Returns:
+        mAP, mAUC, mS2 and accuracy (1 + W,), AP (1 + W, C): the figure, then that of each resampling; nan where it is
+        undefined. W is 0 with fewer than 5 patients.
+
+    >>> values = resampled_figures([[1, 0], [0, 1]], [0, 1], ["p", "q"], "ab", multi_label=False, bootstrap=9, seed=0)
+    >>> values["mAP"].tolist(), values["AP"].tolist()
+    ([1.0], [[1.0, 1.0]])
+    """
+    values, positives = checked(logits, labels, patients, classes, multi_label)
+    case = (values, positives, decided(values, multi_label), multi_label)
+    as_it_is = {name: value.reshape(1, -1) for name, value in _values(*case).items()}
+    parts = [as_it_is, *(_resampled(*case, weights) for weights in patient_weights(patients, bootstrap, seed))]
+    figures = {name: np.concatenate([part[name] for part in parts]) for name in as_it_is}
+    return _means(figures) | {"AP": figures["AP"]}
+
+
+def compared(differences: Floats) -> dict[str, float | None]:
+    """A difference of what :func:`resampled_figures` gives (1 + W,): ``value``, ``low``, ``high``, and ``p``."""
+    value, others = differences[0], differences[1:]
+    return figure(value, others) | {"p": _sign_p(value, others)}
 
 
 def mcnemar(right: ArrayLike, other_right: ArrayLike) -> float:
@@ -364,13 +393,9 @@ def _means(values: dict[str, Floats]) -> dict[str, Floats]:
     return means | {"accuracy": values["accuracy"].reshape(-1)}
 
 
-def _difference(ours: dict[str, Floats], theirs: dict[str, Floats]) -> dict[str, Floats]:
-    return {name: ours[name] - theirs[name] for name in ours}
-
-
-def _sign_p(value: float, resampled: Floats | None) -> float | None:
+def _sign_p(value: float, resampled: Floats) -> float | None:
     """See :func:`paired_difference`."""
-    defined = np.empty(0) if resampled is None else resampled[~np.isnan(resampled)]
+    defined = resampled[~np.isnan(resampled)]
     if np.isnan(value) or not len(defined):
         return None
     against = int((defined * np.sign(value) <= 0).sum())

@@ -15,7 +15,7 @@ from ei.comparison import compare_runs
 from ei.config import TrainConfig
 from ei.error_cards import error_cards
 from ei.figures import Picture
-from ei.run_files import RunFiles, read_run, sources_of, true_classes
+from ei.run_files import RunFiles, read_run, sources_of, stage_cost, true_classes
 from ei.run_folder import RunFolder
 
 SPLITS = ("test", "val", "train")
@@ -74,7 +74,7 @@ def _page(files: RunFiles) -> dict[str, Any]:
         "weights": _weight_pictures(files),
         "cost": files.cost,
         "checkpoint_bytes": files.checkpoint_bytes,
-        "stage_costs": {stage: _stage_cost(epochs) for stage, epochs in files.stages.items()},
+        "stage_costs": {stage: stage_cost(epochs) for stage, epochs in files.stages.items()},
         "gates": {part: _gate_view(part, layers, files.config) for part, layers in files.gates.items() if layers},
     }
 
@@ -127,23 +127,6 @@ def _calibration_pictures(sources: Mapping[str, Mapping[str, Any]], multi_label:
             caption = f"{title}: ECE {part['ECE']['value']:.3f}"
             pictures[caption] = figures.reliability(title, part["reliability"], without)
     return pictures
-
-
-def _stage_cost(epochs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What a stage took, from its records."""
-    scores = [(epoch["val"] or {}).get("mAP") for epoch in epochs]
-    known = [score for score in scores if score is not None]
-    best = epochs[scores.index(max(known)) if known else -1]["epoch"] if epochs else None
-    timed = [epoch for epoch in epochs if epoch.get("images_per_second")]
-    seconds = sum(epoch["seconds"] for epoch in timed)
-    images = sum(epoch["images_per_second"] * epoch["seconds"] for epoch in timed)
-    return {
-        "epochs": epochs[-1]["epoch"] if epochs else 0,
-        "best": best,
-        "seconds": seconds,
-        "images_per_second": images / seconds if seconds else None,
-        "memory_gib": max((epoch.get("memory_gib") or 0 for epoch in epochs), default=0) or None,
-    }
 
 
 def _comparison_view(files: RunFiles, run: Path, against: Path | None) -> dict[str, Any] | None:

@@ -49,7 +49,7 @@ def read_run(run: Path) -> RunFiles:
         name=run.resolve().name,
         config=_read_config(folder.config),
         metrics=metrics,
-        stages={title: _read_epochs(stage.history) for title, stage in stages.items() if stage.history.exists()},
+        stages={title: read_epochs(stage.history) for title, stage in stages.items() if stage.history.exists()},
         predictions=_read_predictions(folder.predictions, metrics) if folder.predictions.exists() else [],
         gates=_read_gates(folder.gates) if folder.gates.exists() else {},
         errors=_read_errors(folder.errors, metrics) if folder.errors.exists() else {},
@@ -68,6 +68,23 @@ def true_classes(row: Mapping[str, str], metrics: Mapping[str, Any]) -> list[str
     if metrics["multi_label"]:
         return [name for name in metrics["classes"] if f";{name};" in f";{row['label']};"]
     return [name for name in metrics["classes"] if name == row["label"]]
+
+
+def stage_cost(epochs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a stage took, from its records: epochs and which was the best, seconds of training, images/s, memory."""
+    scores = [(epoch["val"] or {}).get("mAP") for epoch in epochs]
+    known = [score for score in scores if score is not None]
+    best = epochs[scores.index(max(known)) if known else -1]["epoch"] if epochs else None
+    timed = [epoch for epoch in epochs if epoch.get("images_per_second")]
+    seconds = sum(epoch["seconds"] for epoch in timed)
+    images = sum(epoch["images_per_second"] * epoch["seconds"] for epoch in timed)
+    return {
+        "epochs": epochs[-1]["epoch"] if epochs else 0,
+        "best": best,
+        "seconds": seconds,
+        "images_per_second": images / seconds if seconds else None,
+        "memory_gib": max((epoch.get("memory_gib") or 0 for epoch in epochs), default=0) or None,
+    }
 
 
 def _read_config(path: Path) -> dict[str, dict[str, Any]]:
@@ -101,7 +118,8 @@ def _read_metrics(path: Path) -> dict[str, Any]:
     return metrics
 
 
-def _read_epochs(path: Path) -> list[dict[str, Any]]:
+def read_epochs(path: Path) -> list[dict[str, Any]]:
+    """The records of a stage's ``metrics.jsonl``; a ValueError if the file is missing or damaged."""
     epochs = []
     for number, line in enumerate(_text(path).split("\n"), start=1):
         if line.strip():

@@ -8,7 +8,7 @@ import pytest
 
 from ei.cli import run
 
-COMMANDS = ["demo", "phantom", "prepare", "check", "train", "evaluate", "report", "predict", "params"]
+COMMANDS = ["demo", "phantom", "prepare", "check", "train", "compare", "evaluate", "report", "predict", "params"]
 EI = [sys.executable, "-m", "ei"]
 
 

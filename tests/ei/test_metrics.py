@@ -51,7 +51,7 @@ def tied_rows(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def test_examples_in_the_docstrings_are_true() -> None:
-    assert doctest.testmod(metrics) == (0, 11)
+    assert doctest.testmod(metrics) == (0, 13)
 
 
 @given(tied_rows())
