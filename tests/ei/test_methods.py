@@ -46,6 +46,7 @@ def test_one_protocol(name: str) -> None:
     says = method.changes["model"]
     assert {key: changed.get(key, vars(base.model)[key]) for key in says} == says
     of_adapter = {"ranks", "targets", "dropout"} if says.get("adapter", "mor") != "mor" else set()
+    assert not of_adapter or of_adapter <= set(changed)
     idle = {"int_hidden", "share_adapters", "aux_weight"} if says["fusion"] == "late" else set()
     idle |= {"share_adapters"} if says.get("adapter") == "frozen" else set()
     assert set(changed) <= set(says) | of_adapter | idle
