@@ -165,8 +165,15 @@ class DataConfig:
 
     def intensity_of(self, modality: str) -> Intensity:
         """The rule for the files of a modality."""
+        return Intensity.parse(self._rule_of(modality))
+
+    def alone(self, modality: str) -> Self:
+        """The same with one modality only."""
+        return replace(self, modalities=(modality,), intensity=(self._rule_of(modality),))
+
+    def _rule_of(self, modality: str) -> str:
         one_for_each = len(self.intensity) > 1
-        return Intensity.parse(self.intensity[self.modalities.index(modality) if one_for_each else 0])
+        return self.intensity[self.modalities.index(modality) if one_for_each else 0]
 
 
 @dataclass(frozen=True, kw_only=True)

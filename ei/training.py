@@ -156,8 +156,8 @@ class Stages:
             learned = read_checkpoint(folder.best)
             self.require_same_origin(learned.notes, folder)
             return learned.parameters, json.loads(folder.finished.read_text())["train mAP"]
-        data = replace(self.config.data, modalities=(modality,))
-        alone = replace(self, config=replace(self.config, data=data), manifest=self.manifest.having(modality))
+        config = replace(self.config, data=self.config.data.alone(modality))
+        alone = replace(self, config=config, manifest=self.manifest.having(modality))
         seed_everything(self.config.train.seed)
         model = build_model(alone.config, len(self.manifest.classes), modality=modality, trunk=self.trunk)
         loop = Loop(alone, model, folder, f"stage 1, {self.role}{modality}", gate_prior=None)

@@ -535,6 +535,24 @@ def test_sixteen_bit_images_reach_the_model(manifest, tmp_path, study_config):
     assert (train(study_config(manifest, stages="2"), tmp_path / "run") / "metrics.json").exists()
 
 
+def test_each_modality_may_have_an_intensity_of_its_own(manifest, tmp_path, study_config, monkeypatch):
+    """In the first stage too, where there is only one of them."""
+    import ei.data.dataset as dataset
+
+    for path in manifest.parent.glob("*_oct.png"):
+        Image.fromarray(np.asarray(Image.open(path)).astype(np.uint16)).save(path)
+    read, seen = dataset.read_image, set()
+
+    def remember(path, *args, intensity, **kwargs):
+        seen.add((path.stem.split("_")[1], str(intensity)))
+        return read(path, *args, intensity=intensity, **kwargs)
+
+    monkeypatch.setattr(dataset, "read_image", remember)
+    config = study_config(manifest)
+    train(replace(config, data=replace(config.data, intensity=("type", "0:255"))), tmp_path / "run")
+    assert len(seen) == 2 and {modality for modality, _ in seen} == {"cfp", "oct"}
+
+
 def test_learning_rate_is_torchs_cyclic_one():
     settings = TrainConfig(lr=1e-3, lr_low=1e-5, cycle_epochs=4, cycle_decay=0.8)
     steps_per_epoch = 7
