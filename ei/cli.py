@@ -223,10 +223,12 @@ def phantom(words: Sequence[str]) -> None:
 
     manifest = write_phantom(command.out, command.phantom)
     best = ", ".join(f"{view} {value:.3f}" for view, value in attainable_accuracy(command.phantom).items())
-    print(f"the best accuracy there can be: {best}")
+    where = " where nothing is missing" if command.phantom.missing else ""
+    print(f"the best accuracy there can be{where}: {best}")
     print(f"wrote {manifest} and the images of {command.phantom.samples} eyes")
     flags = ["--modalities", ",".join(MODALITIES), "--classes", ",".join(CLASSES), "--image-size"]
-    print("next:", shlex.join(["ei", "train", "--manifest", str(manifest), *flags, str(command.phantom.size)]))
+    flags += [str(command.phantom.size), *(["--allow-missing"] if command.phantom.missing else [])]
+    print("next:", shlex.join(["ei", "train", "--manifest", str(manifest), *flags]))
 
 
 def prepare(words: Sequence[str]) -> None:

@@ -173,7 +173,8 @@ def evaluate(run: str | Path) -> dict[str, Any]:
         logits = predictions[name].logits
         metrics["splits"][name]["subsets"] = measure_subsets(model, logits, rows, manifest, config, processes, name)
     layers = {part: processes.gathered(record.summary()) for part, record in gates.items()}
-    if processes.is_first:
+
+    def write() -> None:
         scaled = {name: values.at(temperatures) for name, values in predictions.items()}
         tables = [prediction_table(scaled[name], rows, manifest) for name, rows in splits.items()]
         if temperatures:
@@ -185,6 +186,8 @@ def evaluate(run: str | Path) -> dict[str, Any]:
         write_atomically(folder.logits, stored_logits(predictions, splits, manifest).as_bytes())
         write_csv(folder.predictions, [line for table in tables for line in table])
         write_report(folder.path)
+
+    processes.first(write)
     return metrics
 
 

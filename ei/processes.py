@@ -5,6 +5,7 @@ process does; what they must agree on, they tell each other.
 """
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -113,7 +114,10 @@ class Processes:
         if self.count == 1:
             return model
         devices = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+        with warnings.catch_warnings():
+            # torch 2.15 has another name for broadcast_buffers, which older ones do not know.
+            warnings.simplefilter("ignore", FutureWarning)
+            return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
 
     def apart(self, model: nn.Module) -> AbstractContextManager[None]:
         """A context in which the gradients of a :meth:`parallel` model stay those of this process."""

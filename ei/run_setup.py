@@ -1,5 +1,6 @@
 """Before training: what a configuration resolves to, and whether a run may begin in a folder, or go on in it."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -104,8 +105,11 @@ def resumes(folder: RunFolder, config: Config) -> bool:
     Raises:
         ValueError: it holds something else, or a run with other settings, which are listed.
     """
-    if folder.path.exists() and not folder.path.is_dir():
-        raise ValueError(f"{folder.path} exists and is not a folder; choose another with --out")
+    there = next(path for path in (folder.path, *folder.path.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"{there} exists and is not a folder; choose another with --out")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"{there} cannot be written to; choose another folder with --out")
     if not folder.config.is_file():
         # Names with a dot are what a run leaves that was killed before it began.
         if folder.path.exists() and any(not path.name.startswith(".") for path in folder.path.iterdir()):

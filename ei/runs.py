@@ -97,15 +97,21 @@ def open_run(run: str | Path) -> tuple[RunFolder, Config]:
 
 
 def stage1_checkpoint(
-    run: str | Path, modality: str, config: Config, trunk: dict[str, list[float]], *, auxiliary: bool = False
+    run: str | Path,
+    modality: str,
+    config: Config,
+    manifest: Manifest,
+    trunk: dict[str, list[float]],
+    *,
+    auxiliary: bool = False,
 ) -> Checkpoint:
     """What another run's first stage has learned about a modality, if it may be used with ``config``.
 
     With ``auxiliary``, that of its auxiliary ViT, whose backbone is that of ``config``.
 
     Raises:
-        ValueError: that run saw other data, which could leak into the test rows, has another model, or was
-            interrupted.
+        ValueError: that run saw another table or other images, which could leak into the test rows, has another
+            model, or was interrupted.
     """
     folder, other = open_run(run)
     if auxiliary:
@@ -127,8 +133,8 @@ def stage1_checkpoint(
         if vars(other.data)[name] != value and name not in {"allow_missing", "modality_dropout", *MAY_CHANGE["data"]}
     ]
     different += [name for name in model_fields if getattr(other.model, name) != getattr(config.model, name)]
-    if checkpoint.notes["manifest"] != manifest_hash(config):
-        different.append("content of the manifest")
+    if part := changed_data(checkpoint.notes, config, manifest):
+        different.append(f"content of {part}")
     if not same_weights(checkpoint.notes["trunk"], trunk):
         different.append("weights of the backbone")
     if different:

@@ -209,7 +209,7 @@ class Stages:
             roles[True] = self.auxiliary
         return {
             (modality, auxiliary): stage1_checkpoint(
-                source, modality, stages.config, stages.fingerprint, auxiliary=auxiliary
+                source, modality, stages.config, self.manifest, stages.fingerprint, auxiliary=auxiliary
             )
             for auxiliary, stages in roles.items()
             for modality in self.manifest.modalities

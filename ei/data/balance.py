@@ -56,7 +56,7 @@ def inverse_frequencies(rows: Sequence[Row], class_count: int) -> Tensor:
         class_count: C.
 
     Raises:
-        ValueError: a row has no label, or no row is of a class.
+        ValueError: a row has no label, no row is of a class, or with several labels, all rows have one.
 
     Example:
         Of labels 0, 0, 0, 1 the weights are 4 / 6 and 4 / 2.
@@ -65,6 +65,8 @@ def inverse_frequencies(rows: Sequence[Row], class_count: int) -> Tensor:
     counts = Counter(label for row in rows for label in _positive_labels(row))
     if absent := [label for label in range(class_count) if not counts[label]]:
         raise ValueError(f"balance needs rows of every class, but there are none of number {absent[0]}")
+    if several and (everywhere := [label for label, count in counts.items() if count == len(rows)]):
+        raise ValueError(f"balance needs rows without each label, but all have number {everywhere[0]}")
     weights = [
         (len(rows) - counts[label]) / counts[label] if several else len(rows) / (class_count * counts[label])
         for label in range(class_count)

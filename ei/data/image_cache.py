@@ -107,7 +107,7 @@ class ImageCache:
         except OSError:
             return None
         digest, kept = content[:_DIGEST_BYTES], memoryview(content)[_DIGEST_BYTES:]
-        if hashlib.sha256(kept).digest() != digest:
+        if _digest(entry, kept) != digest:
             say(f"{entry} in the image cache is damaged; the image is decoded again")
             return None
         return load(bytes(kept))["image"].expand(3, -1, -1).contiguous()
@@ -121,12 +121,17 @@ class ImageCache:
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # patients' images: for nobody else
             entry.parent.mkdir(exist_ok=True)
-            write_atomically(entry, hashlib.sha256(kept).digest() + kept)
+            write_atomically(entry, _digest(entry, kept) + kept)
         except OSError as error:
             with self._is_full.get_lock():
                 is_known, self._is_full.value = self._is_full.value, True
             if not is_known:
                 say(f"note: nothing more is written to the image cache {self._folder}: {error.strerror}")
+
+
+def _digest(entry: Path, kept: bytes | memoryview) -> bytes:
+    """Of the name, too: one entry in the place of another is damaged."""
+    return hashlib.sha256(entry.name.encode() + bytes(kept)).digest()
 
 
 @lru_cache

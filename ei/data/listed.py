@@ -109,7 +109,7 @@ def compare_scales(listed: Sequence[ListedFile]) -> list[Fault]:
             bits = largest.bit_length()
             files = counted(len(numbers), "file")
             text = f"the largest number in its {files} of 16 bits is {largest}, and 65535 would be white"
-            way_out = f"if {bits} bits are meant, set intensity to 0:{2**bits - 1}"
+            way_out = f"if {bits} bits are meant, set --intensity to 0:{2**bits - 1}"
             found.append(Fault(0, f"{modality}: {text}; {way_out}"))
     return found
 

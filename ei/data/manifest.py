@@ -342,7 +342,7 @@ def _check_filled(records: list[_Record], needed: list[str], config: DataConfig,
         empty = [modality for modality in config.modalities if record.cells.get(modality) == ""]
         if not config.allow_missing:
             for modality in empty:
-                way_out = "a sample may lack a modality only in a run that is trained with allow_missing"
+                way_out = "a sample may lack a modality only in a run that is trained with --allow-missing"
                 problems.add(record.number, f"{modality} is empty; {way_out}")
         elif len(empty) == len(config.modalities):
             problems.add(record.number, f"has no image at all: {', '.join(empty)} must not all be empty")
@@ -519,7 +519,7 @@ def _objection(name: str, place: str, root: str | None) -> str:
     if name.startswith("/") or PureWindowsPath(name).is_absolute():
         return "is an absolute path; write it relative to the manifest, or set allow_outside"
     if not Path(place).is_relative_to(root):
-        return "leads out of the manifest's folder; this needs allow_outside"
+        return "leads out of the manifest's folder; this needs --allow-outside"
     return ""
 
 

@@ -41,7 +41,7 @@ def test_every_fault_has_a_line_and_the_exit_code_is_1(tmp_path: Path, capsys: p
     assert run(["check", str(path)]) == 1
     assert capsys.readouterr().out.splitlines() == [
         "3 problems:",
-        "  row 3: oct: '../o1.png' leads out of the manifest's folder; this needs allow_outside",
+        "  row 3: oct: '../o1.png' leads out of the manifest's folder; this needs --allow-outside",
         "  row 6: split must be train, val or test, got 'tset'",
         f"  row 6: cfp: {tmp_path / 'gone.png'}: does not exist",
     ]

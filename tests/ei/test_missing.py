@@ -203,7 +203,7 @@ def test_a_run_that_never_saw_missing_ones_refuses_them(finished: Path, tmp_path
     shutil.copytree(finished.parent / "study", tmp_path / "study")
     manifest = emptied(tmp_path / "study/manifest.csv", {"oct": ["val1"]})
     with pytest.raises(
-        ManifestError, match="row 15: oct is empty; .* only in a run that is trained with allow_missing"
+        ManifestError, match="row 15: oct is empty; .* only in a run that is trained with --allow-missing"
     ):
         predict(finished, manifest, tmp_path / "out.csv")
     assert not (tmp_path / "out.csv").exists()

@@ -39,7 +39,7 @@ def launch(*words: object) -> subprocess.Popen:
 def config(tmp_path_factory, write_study, study_config) -> Config:
     """61 rows in steps of 6, at most two at once: of the last step's one sample the second process has nothing."""
     manifest = write_study(tmp_path_factory.mktemp("processes") / "study", {"train": 61, "val": 10, "test": 31})
-    config = study_config(manifest, epochs=2, batch_size=6, micro_batch=2)
+    config = study_config(manifest, epochs=2, batch_size=6, micro_batch=2, temperature=True)
     config = replace(config, model=replace(config.model, ranks=(1, 2), dropout=0.1))
     config.save(manifest.parent / "config.yaml")
     return config

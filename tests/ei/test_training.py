@@ -102,7 +102,7 @@ def test_stage_1_of_other_data_is_refused(finished, manifest, tmp_path):
     swapped = content.replace(b",train,", b",swap,").replace(b",test,", b",train,").replace(b",swap,", b",test,")
     try:
         table.write_bytes(swapped)
-        with pytest.raises(ValueError, match="its content of the manifest differ"):
+        with pytest.raises(ValueError, match="its content of .*manifest.csv differ"):
             train(replace(config, train=replace(config.train, stage1_from=str(finished))), tmp_path / "run")
     finally:
         table.write_bytes(content)
@@ -579,3 +579,21 @@ def test_optimisers():
     assert isinstance(sgd, torch.optim.SGD)
     assert (sgd.param_groups[0]["momentum"], sgd.param_groups[0]["weight_decay"]) == (0.95, 1e-4)
     assert isinstance(make_optimizer([parameter], TrainConfig(optimizer="adamw")), torch.optim.AdamW)
+
+
+def test_stage_1_that_saw_other_images_is_refused(manifest, tmp_path, study_config):
+    """The table is the same, but what it calls test images were train images then."""
+    run = train(study_config(manifest), tmp_path / "run")
+    for name in ("train0_cfp.png", "train0_oct.png"):
+        one, other = manifest.parent / name, manifest.parent / name.replace("train", "test")
+        held, theirs = one.read_bytes(), other.read_bytes()
+        one.write_bytes(theirs)
+        other.write_bytes(held)
+    with pytest.raises(ValueError, match=r"its content of an image of .*manifest.csv differ"):
+        train(study_config(manifest, stage1_from=str(run)), tmp_path / "other")
+
+
+def test_a_folder_that_cannot_be_made_is_refused_at_once(manifest, tmp_path, study_config):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file exists and is not a folder; choose another with --out"):
+        train(study_config(manifest), tmp_path / "file/run")

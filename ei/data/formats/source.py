@@ -58,7 +58,7 @@ class Slice:
         if self.white is None:
             raise ImageError(
                 f"holds {self.values.dtype}, and neither this type nor a window in the file says which number is black"
-                " and which is white; set intensity to LOW:HIGH or to percentiles"
+                " and which is white; set --intensity to LOW:HIGH or to percentiles"
             )
         if self.white == 1:
             require_unit_range(self.values)

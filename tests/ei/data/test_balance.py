@@ -33,6 +33,12 @@ def test_with_several_labels_both_answers_weigh_the_same() -> None:
     torch.testing.assert_close(weights * positives, 4.0 - positives)
 
 
+def test_a_label_that_all_rows_have_is_refused() -> None:
+    """Its positives would weigh nothing."""
+    with pytest.raises(ValueError, match="rows without each label, but all have number 1"):
+        inverse_frequencies(labelled((1, 1), (0, 1)), 2)
+
+
 def test_a_class_without_rows_is_refused() -> None:
     with pytest.raises(ValueError, match="rows of every class, but there are none of number 1"):
         inverse_frequencies(labelled(0, 2, 2), 3)

@@ -245,6 +245,9 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "bit flipped": flip,
     "tail zeroed": lambda path: path.write_bytes(path.read_bytes()[:-16] + bytes(16)),
     "hash flipped": lambda path: path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:]),
+    "another entry": lambda path: path.write_bytes(
+        next(e for e in path.parents[1].glob("*/*") if e != path).read_bytes()
+    ),
 }
 
 

@@ -18,7 +18,7 @@ from ei.intensity import Intensity
 CONFIG = DataConfig(modalities=("cfp", "oct"))
 MULTI = DataConfig(modalities=("cfp",), labels=("acl", "meniscus"))
 
-NOT_ALLOWED = "a sample may lack a modality only in a run that is trained with allow_missing"
+NOT_ALLOWED = "a sample may lack a modality only in a run that is trained with --allow-missing"
 GOOD = """\
 id,split,label,cfp,oct
 a,train,wet,a.png,a.png
@@ -353,10 +353,10 @@ def test_an_empty_patient_is_not_replaced_by_the_id(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("written", "reason"),
     [
-        ("../outside.png", "leads out of the manifest's folder; this needs allow_outside"),
-        ("sub/../../outside.png", "leads out of the manifest's folder; this needs allow_outside"),
-        ("link.png", "leads out of the manifest's folder; this needs allow_outside"),
-        ("linked/outside.png", "leads out of the manifest's folder; this needs allow_outside"),
+        ("../outside.png", "leads out of the manifest's folder; this needs --allow-outside"),
+        ("sub/../../outside.png", "leads out of the manifest's folder; this needs --allow-outside"),
+        ("link.png", "leads out of the manifest's folder; this needs --allow-outside"),
+        ("linked/outside.png", "leads out of the manifest's folder; this needs --allow-outside"),
         ("/etc/passwd", "is an absolute path; write it relative to the manifest, or set allow_outside"),
         ("C:\\images\\a.png", "is an absolute path; write it relative to the manifest, or set allow_outside"),
         ("\\\\server\\share\\a.png", "is an absolute path; write it relative to the manifest, or set allow_outside"),
@@ -467,7 +467,7 @@ e,test,q,../outside.png,w
         "row 4: cfp: '/a.png' is an absolute path; write it relative to the manifest, or set allow_outside",
         "row 5: has 2 cells, but the header has 5",
         "row 6: label must be x or y, got 'w'",
-        "row 6: cfp: '../outside.png' leads out of the manifest's folder; this needs allow_outside",
+        "row 6: cfp: '../outside.png' leads out of the manifest's folder; this needs --allow-outside",
     ]
 
 
