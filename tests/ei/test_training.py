@@ -280,7 +280,7 @@ def test_the_number_of_workers_changes_nothing(manifest, tmp_path, study_config)
 def test_the_image_cache_changes_nothing_and_serves_other_runs(manifest, tmp_path, study_config, monkeypatch):
     import ei.data.image_cache as image_cache
 
-    config = study_config(manifest, epochs=2)
+    config = study_config(manifest)
     cached = replace(config, data=replace(config.data, cache=str(tmp_path / "cache")))
     plain = train(config, tmp_path / "plain")
     assert Config.load(train(cached, tmp_path / "run") / "config.yaml").data.cache == str(tmp_path / "cache")
@@ -416,6 +416,7 @@ def test_the_folder_must_be_new_or_of_the_same_run(finished, manifest, study_con
         train(study_config(manifest), manifest.parent)
 
 
+@pytest.mark.fault("all {split} rows of one class", "refused before anything is trained")
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_rows_that_cannot_be_measured_are_refused(manifest, tmp_path, study_config, split):
     """With one class only, the mAP that chooses the best epoch would not exist."""
@@ -427,6 +428,7 @@ def test_rows_that_cannot_be_measured_are_refused(manifest, tmp_path, study_conf
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.fault("a misspelt label: a class without train rows", "refused before anything is trained")
 def test_a_misspelt_class_is_not_a_new_one(manifest, tmp_path, study_config):
     manifest.write_text(manifest.read_text().replace("test,grey", "test,gray", 1))
     with pytest.raises(ValueError, match="no train row is of class gray; is a label misspelt"):
