@@ -51,10 +51,9 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
     report = yield
     mark = item.get_closest_marker("fault")
     if mark and (report.when == "call" or report.outcome != "passed"):
-        case = getattr(item, "callspec", None)
         injected, expected = mark.args
-        if case:
-            injected = injected.format(case=case.id, **case.params)
+        if parameters := getattr(item, "callspec", None):
+            injected = injected.format(**{"case": parameters.id, **parameters.params})
         # One test may inject a fault many times.
         times = dict(item.user_properties).get("times", 1)
         item.config.stash[FAULTS][injected, expected][report.outcome] += times
