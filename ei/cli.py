@@ -135,6 +135,10 @@ class Evaluate:
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
+    manifest: Path | None = None
+    """Another table with labels to evaluate on, all rows together; patients that the run has seen are refused."""
+    out: Path | None = None
+    """Folder for what comes out of that."""
 
 
 @dataclass(frozen=True)
@@ -290,8 +294,8 @@ def evaluate(words: Sequence[str]) -> None:
     command = _parse(Evaluate, "evaluate", words)
     from ei.evaluation import evaluate
 
-    evaluate(command.run)
-    _show(command.run)
+    evaluate(command.run, command.manifest, command.out)
+    _show(command.out or command.run)
 
 
 def report(words: Sequence[str]) -> None:

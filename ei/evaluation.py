@@ -21,6 +21,7 @@ from ei.cost import measure_cost
 from ei.data.loaders import evaluation_loader
 from ei.data.manifest import Manifest, Row, read_manifest
 from ei.exports import csv_bytes
+from ei.external import EXTERNAL, read_external
 from ei.models import UniModal
 from ei.predictions import Predictions, errors_file, labels_of, measure, stored_logits, summarised
 from ei.processes import Processes
@@ -30,7 +31,7 @@ from ei.run_folder import RunFolder
 from ei.run_setup import require_val_rows
 from ei.runs import best_checkpoint, changed_data, load
 from ei.runtime import arithmetic
-from ei.temperature import fit_temperatures, temperature_file
+from ei.temperature import fit_temperatures, read_temperatures, temperature_file
 from mor import MoRLinear, record_gates
 from mor.files import write_atomically
 from mor.gates import GateRecord, GateSummary
@@ -120,7 +121,7 @@ def _outputs(
         model.train(was_training)
 
 
-def evaluate(run: str | Path) -> dict[str, Any]:
+def evaluate(run: str | Path, manifest: str | Path | None = None, out: str | Path | None = None) -> dict[str, Any]:
     """Evaluate a run's best model on the validation and test rows of its manifest, and write what came out.
 
     Writes metrics.json, predictions.csv, logits.npz, errors.json, cost.json, gates.json, report.html, and with
@@ -128,26 +129,24 @@ def evaluate(run: str | Path) -> dict[str, Any]:
 
     Args:
         run: A folder written by :func:`ei.train`.
+        manifest: Another table to evaluate on instead, all of its rows as one split, "external".
+        out: The folder for what comes out of that; it also gets a config.yaml. Temperatures are the run's.
 
     Returns:
         The content of metrics.json.
 
     Raises:
-        ValueError: the run or its manifest cannot be used, or there is nothing to evaluate on.
+        ValueError: the run or the manifest cannot be used, or there is nothing to evaluate on; or rows of ``manifest``
+            are of patients, or have images, that the model was trained or chosen on.
     """
     folder = RunFolder(Path(run))
+    results = _results_folder(folder, manifest, out)
     model, config = load(run)
-    manifest = read_manifest(config.data.manifest, config.data, classes=config.data.classes)
-    if changed := changed_data(best_checkpoint(folder).notes, config, manifest):
-        raise ValueError(
-            f"{changed} is not what it was when {folder.path} was trained, so test rows may have been trained on;"
-            " restore it, or use ei predict on a manifest of new samples"
-        )
-    splits = {name: rows for name in EVALUATED if (rows := manifest.split(name))}
-    if not splits:
-        raise ValueError(f"{config.data.manifest} has neither val nor test rows, so there is nothing to evaluate on")
-    if config.train.temperature:
-        require_val_rows(manifest)
+    if manifest is None:
+        table, splits = _own_rows(folder, config)
+    else:
+        table, config = read_external(manifest, folder, config)
+        splits = {EXTERNAL: list(table.rows)}
     processes = Processes.join(config.train.device)
     model.to(processes.device)
     with recorded_gates(model) as gates:
@@ -156,39 +155,75 @@ def evaluate(run: str | Path) -> dict[str, Any]:
             for name, rows in splits.items()
         }
     temperatures = {}
-    if config.train.temperature:
+    if config.train.temperature and manifest is None:
         temperatures = fit_temperatures(
-            predictions["val"].by_source, labels_of(splits["val"]), multi_label=manifest.multi_label
+            predictions["val"].by_source, labels_of(splits["val"]), multi_label=table.multi_label
         )
+    elif config.train.temperature:
+        temperatures = read_temperatures(folder)
     metrics: dict[str, Any] = {
-        "classes": list(manifest.classes),
-        "modalities": list(manifest.modalities),
-        "multi_label": manifest.multi_label,
+        "classes": list(table.classes),
+        "modalities": list(table.modalities),
+        "multi_label": table.multi_label,
         "temperatures": temperatures,
         "splits": {
-            name: measure(predictions[name], rows, manifest, config, temperatures) for name, rows in splits.items()
+            name: measure(predictions[name], rows, table, config, temperatures) for name, rows in splits.items()
         },
     }
     for name, rows in splits.items() if config.data.knows_missing else ():
         logits = predictions[name].logits
-        metrics["splits"][name]["subsets"] = measure_subsets(model, logits, rows, manifest, config, processes, name)
+        metrics["splits"][name]["subsets"] = measure_subsets(model, logits, rows, table, config, processes, name)
     layers = {part: processes.gathered(record.summary()) for part, record in gates.items()}
 
     def write() -> None:
         scaled = {name: values.at(temperatures) for name, values in predictions.items()}
-        tables = [prediction_table(scaled[name], rows, manifest) for name, rows in splits.items()]
-        if temperatures:
+        tables = [prediction_table(scaled[name], rows, table) for name, rows in splits.items()]
+        if manifest is not None:
+            results.path.mkdir(parents=True, exist_ok=True)
+            config.save(results.config)
+        elif temperatures:
             write_json(folder.temperature, temperature_file(folder, temperatures))
-        write_json(folder.metrics, metrics)
-        write_json(folder.gates, {part: lines for part, each in layers.items() if (lines := _gate_rows(each))})
-        write_json(folder.cost, measure_cost(model, config))
-        write_json(folder.errors, errors_file(scaled, splits, manifest, config))
-        write_atomically(folder.logits, stored_logits(predictions, splits, manifest).as_bytes())
-        write_csv(folder.predictions, [line for table in tables for line in table])
-        write_report(folder.path)
+        write_json(results.metrics, metrics)
+        write_json(results.gates, {part: lines for part, each in layers.items() if (lines := _gate_rows(each))})
+        write_json(results.cost, measure_cost(model, config))
+        write_json(results.errors, errors_file(scaled, splits, table, config))
+        write_atomically(results.logits, stored_logits(predictions, splits, table).as_bytes())
+        write_csv(results.predictions, [line for table in tables for line in table])
+        write_report(results.path)
 
     processes.first(write)
     return metrics
+
+
+def _own_rows(folder: RunFolder, config: Config) -> tuple[Manifest, dict[str, list[Row]]]:
+    """The run's manifest, and the rows of its splits that are evaluated."""
+    manifest = read_manifest(config.data.manifest, config.data, classes=config.data.classes)
+    if changed := changed_data(best_checkpoint(folder).notes, config, manifest):
+        raise ValueError(
+            f"{changed} is not what it was when {folder.path} was trained, so test rows may have been trained on;"
+            " restore it, or evaluate on other samples with --manifest and --out"
+        )
+    splits = {name: rows for name in EVALUATED if (rows := manifest.split(name))}
+    if not splits:
+        raise ValueError(f"{config.data.manifest} has neither val nor test rows, so there is nothing to evaluate on")
+    if config.train.temperature:
+        require_val_rows(manifest)
+    return manifest, splits
+
+
+def _results_folder(folder: RunFolder, manifest: str | Path | None, out: str | Path | None) -> RunFolder:
+    """The run's own, or ``out``, which must be new, empty, or of an earlier evaluation."""
+    if (manifest is None) != (out is None):
+        raise ValueError(
+            "manifest and out must be given together: another table, and a folder for what comes out of it"
+        )
+    if out is None:
+        return folder
+    results = RunFolder(Path(out))
+    is_earlier = results.metrics.is_file() and not results.stage2.path.exists()
+    if results.path.exists() and not is_earlier and (not results.path.is_dir() or any(results.path.iterdir())):
+        raise ValueError(f"out must be a new or empty folder, or one of an earlier evaluation like this, got {out}")
+    return results
 
 
 def measure_subsets(

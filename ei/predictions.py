@@ -102,8 +102,8 @@ def stored_logits(
 def errors_file(
     predictions: Mapping[str, Predictions], splits: Mapping[str, Sequence[Row]], manifest: Manifest, config: Config
 ) -> dict[str, Any]:
-    """The worst errors of the test split, or of val if that is all there is, and where their images are."""
-    split = "test" if "test" in splits else "val"
+    """The worst errors of the test split, or of the one that there is, and where their images are."""
+    split = "test" if "test" in splits else next(iter(splits))
     samples = worst_errors(
         predictions[split].by_source,
         splits[split],

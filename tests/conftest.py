@@ -52,6 +52,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
     mark = item.get_closest_marker("fault")
     if mark and (report.when == "call" or report.outcome != "passed"):
         injected, expected = mark.args
+        if parameters := getattr(item, "callspec", None):
+            injected = injected.format(**{"case": parameters.id, **parameters.params})
         # One test may inject a fault many times.
         times = dict(item.user_properties).get("times", 1)
         item.config.stash[FAULTS][injected, expected][report.outcome] += times
@@ -65,6 +67,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     lines = ["| injected | what must happen | times | it happened |", "|---|---|---|---|"]
     for (injected, expected), outcomes in session.config.stash[FAULTS].items():
         held = "yes" if set(outcomes) == {"passed"} else f"**{dict(outcomes)}**"
+        injected = injected.replace("|", "\\|")
         lines.append(f"| {injected} | {expected} | {sum(outcomes.values())} | {held} |")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("# Faults\n\nMade by `make faults`.\n\n" + "\n".join(lines) + "\n", encoding="utf-8")

@@ -58,7 +58,7 @@ from ei.data.formats.array import ArrayFile
 from ei.data.formats.dicom import DicomFile
 from ei.data.formats.nifti import NiftiFile
 from ei.data.formats.picture import PictureFile
-from ei.data.formats.source import MAX_PIXELS, ImageError, ImageFile, Slice
+from ei.data.formats.source import MAX_PIXELS, ImageError, ImageFile, Slice, require_finite
 from ei.intensity import BY_TYPE, Intensity
 
 if TYPE_CHECKING:
@@ -222,9 +222,8 @@ def _limits(file: ImageFile, intensity: Intensity) -> Intensity:
     if all(slice_.is_8_bit for slice_ in slices):
         return BY_TYPE
     values: NDArray[Any] = np.stack([slice_.values for slice_ in slices])
+    require_finite(values)
     low, high = np.percentile(values, (_BLACK_PERCENTILE, _WHITE_PERCENTILE))
-    if not np.isfinite(low) or not np.isfinite(high):
-        raise ImageError("has values that are not finite (NaN or infinity)")
     return Intensity("window", float(low), float(high))
 
 

@@ -135,6 +135,7 @@ def read_manifest(
     *,
     classes: Sequence[str] | None = None,
     labelled: bool = True,
+    split: str = "",
     cache: bool = True,
 ) -> Manifest:
     """Read a manifest and check all of it, every image included.
@@ -146,6 +147,7 @@ def read_manifest(
             it must have train rows, and the classes are ``config.classes``, or all names in the label
             column, sorted. With several label columns, their names are the classes.
         labelled: False for prediction: the label and split columns may be missing, and are not looked at.
+        split: of all rows, instead of what the split column says, which may be missing.
         cache: image files that were read before and have not changed since are not read again.
 
     Raises:
@@ -162,12 +164,14 @@ def read_manifest(
     _require_fitting(config, classes, labelled)
     path = Path(path)
     problems, warnings = _Problems(), _Problems()
-    needed = _needed_columns(config, labelled)
+    needed = [name for name in _needed_columns(config, labelled) if name != "split" or not split]
     records = _parse(_read_text(path), needed, problems)
+    if split:
+        records = [replace(record, cells={**record.cells, "split": split}) for record in records]
     _check_filled(records, needed, config, problems)
     _check_ids(records, problems)
     if labelled:
-        _check_splits(records, problems, must_train=classes is None)
+        _check_splits(records, problems, (split,) if split else SPLITS, must_train=classes is None)
         _check_patients(records, problems)
     order = _class_order(records, config, classes, labelled, problems)
     labels = _labels(records, config, order, problems) if labelled else [None] * len(records)
@@ -355,10 +359,10 @@ def _check_ids(records: list[_Record], problems: _Problems) -> None:
             problems.add(record.number, f"id {record['id']!r} is already that of row {first[record['id']]}")
 
 
-def _check_splits(records: list[_Record], problems: _Problems, must_train: bool) -> None:
+def _check_splits(records: list[_Record], problems: _Problems, known: Sequence[str], must_train: bool) -> None:
     for record in records:
-        if record["split"] and record["split"] not in SPLITS:
-            problems.add(record.number, f"split must be {_either(SPLITS)}, got {record['split']!r}")
+        if record["split"] and record["split"] not in known:
+            problems.add(record.number, f"split must be {_either(known)}, got {record['split']!r}")
     has_splits = any(record["split"] for record in records)
     if must_train and has_splits and not any(record["split"] == "train" for record in records):
         problems.add(0, "has no row with split train, so there is nothing to learn from")

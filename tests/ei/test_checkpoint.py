@@ -46,6 +46,7 @@ def test_any_float_type(tmp_path, dtype):
     assert all(torch.equal(back[name], tensor) and back[name].dtype == dtype for name, tensor in tensors.items())
 
 
+@pytest.mark.fault("a checkpoint damaged: {fault}", "refused by name")
 @pytest.mark.parametrize("fault", ["bit", "truncated", "empty", "text", "missing", "other"])
 def test_damage_is_seen(model, tmp_path, fault):
     path = tmp_path / "last.safetensors"
@@ -64,6 +65,7 @@ def test_damage_is_seen(model, tmp_path, fault):
         read_checkpoint(path)
 
 
+@pytest.mark.fault("parameters missing, unknown or of another shape", "refused, all in one message; nothing changed")
 def test_misfits_come_together_and_change_nothing(model):
     before = trained_state(model)
     with pytest.raises(ValueError) as error:

@@ -280,21 +280,23 @@ def test_the_number_of_workers_changes_nothing(manifest, tmp_path, study_config)
 def test_the_image_cache_changes_nothing_and_serves_other_runs(manifest, tmp_path, study_config, monkeypatch):
     import ei.data.image_cache as image_cache
 
-    config = study_config(manifest, epochs=2)
+    config = study_config(manifest, stages="2")
     cached = replace(config, data=replace(config.data, cache=str(tmp_path / "cache")))
     plain = train(config, tmp_path / "plain")
     assert Config.load(train(cached, tmp_path / "run") / "config.yaml").data.cache == str(tmp_path / "cache")
     monkeypatch.setattr(image_cache, "read_image", None)  # all is there
     train(cached, tmp_path / "again")
-    monkeypatch.undo()
-    moved = replace(cached, train=replace(cached.train, stage1_from=str(plain)))
-    train(moved, tmp_path / "second")
-    for run in ("run", "again", "second"):
-        for stage in ("stage1/cfp", "stage2"):
-            one, other = (read_checkpoint(folder / stage / "best.safetensors") for folder in (plain, tmp_path / run))
-            assert all(torch.equal(tensor, other.parameters[name]) for name, tensor in one.parameters.items())
+    for run in ("run", "again"):
+        one, other = (read_checkpoint(folder / "stage2/best.safetensors") for folder in (plain, tmp_path / run))
+        assert all(torch.equal(tensor, other.parameters[name]) for name, tensor in one.parameters.items())
         assert (tmp_path / run / "metrics.json").read_bytes() == (plain / "metrics.json").read_bytes()
-    train(config, tmp_path / "run")  # is finished, and a run goes on without its cache
+    train(config, tmp_path / "run")  # a run goes on without its cache
+
+
+def test_a_first_stage_is_taken_over_whatever_the_cache(finished):
+    config = Config.load(finished / "config.yaml")
+    cached = replace(config, data=replace(config.data, cache="elsewhere"))
+    assert stage1_checkpoint(finished, "oct", cached, fingerprint(load_trunk(config))).parameters
 
 
 def test_a_run_in_bf16_notes_the_frozen_weights_as_they_were(manifest, tmp_path, study_config):
@@ -416,6 +418,7 @@ def test_the_folder_must_be_new_or_of_the_same_run(finished, manifest, study_con
         train(study_config(manifest), manifest.parent)
 
 
+@pytest.mark.fault("all {split} rows of one class", "refused before anything is trained")
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_rows_that_cannot_be_measured_are_refused(manifest, tmp_path, study_config, split):
     """With one class only, the mAP that chooses the best epoch would not exist."""
@@ -427,6 +430,7 @@ def test_rows_that_cannot_be_measured_are_refused(manifest, tmp_path, study_conf
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.fault("a misspelt label: a class without train rows", "refused before anything is trained")
 def test_a_misspelt_class_is_not_a_new_one(manifest, tmp_path, study_config):
     manifest.write_text(manifest.read_text().replace("test,grey", "test,gray", 1))
     with pytest.raises(ValueError, match="no train row is of class gray; is a label misspelt"):

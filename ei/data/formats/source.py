@@ -45,10 +45,10 @@ class Slice:
             ImageError: the numbers do not fit, or nothing says what is black and white.
         """
         if intensity.rule == "window" and not self.is_8_bit:
-            _require_finite(self.values)
+            require_finite(self.values)
             unit = between(self.values, intensity.low, intensity.high)
         elif self.window is not None:
-            _require_finite(self.values)
+            require_finite(self.values)
             unit = self.window(self.values)
         else:
             unit = self._by_type()
@@ -119,6 +119,6 @@ def require_unit_range(values: NDArray[Any]) -> None:
         )
 
 
-def _require_finite(values: NDArray[Any]) -> None:
+def require_finite(values: NDArray[Any]) -> None:
     if not np.isfinite(values).all():
         raise ImageError("has values that are not finite (NaN or infinity)")

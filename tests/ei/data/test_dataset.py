@@ -205,6 +205,7 @@ def test_the_slices_of_a_checked_volume_are_not_counted_again(tmp_path: Path, mo
     assert levels(dataset([row], config)[0], "oct") == [2, 6, 10, 14]
 
 
+@pytest.mark.fault("a volume of {count} slices where four are wanted", "slices are repeated, none invented")
 @pytest.mark.parametrize(("count", "central"), [(1, [0]), (2, [0, 0, 0, 0]), (3, [0, 0, 1, 1]), (17, [2, 6, 10, 14])])
 @pytest.mark.parametrize("images", ["mean", "one"])
 def test_a_volume_gives_slices(tmp_path: Path, count: int, central: list[int], images: Literal["mean", "one"]) -> None:
@@ -243,6 +244,7 @@ def test_each_image_of_a_sample_is_augmented_on_its_own(tmp_path: Path) -> None:
     assert not torch.equal(first, sample.images["cfp"][0])
 
 
+@pytest.mark.fault("an image that vanishes, in a worker process too", "file and row named")
 def test_a_file_that_vanished_is_an_error_in_a_worker_too(tmp_path: Path) -> None:
     photo = grey(tmp_path / "a.png", 7)
     data = dataset([row(0, cfp=[photo], oct=[tmp_path / "gone.png"]), row(1, cfp=[photo], oct=[photo])])
@@ -252,6 +254,26 @@ def test_a_file_that_vanished_is_an_error_in_a_worker_too(tmp_path: Path) -> Non
             next(batches)
         # To the end, which stops the worker at once; left to the garbage collector it takes five seconds.
         assert [batch.ids for batch in batches] == [["id1"]]
+
+
+@pytest.mark.fault("NaN in an image that no check has seen", "stopped, file and row named")
+def test_no_number_that_is_not_finite_becomes_a_sample(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.array([[0.5, np.nan], [0, 1]]))
+    with pytest.raises(ImageError, match=r"a\.npy: has float values from nan .* \(row 3, id 'id3'\)"):
+        dataset([row(3, oct=[tmp_path / "a.npy"])], replace(BARE, modalities=("oct",)))[0]
+
+
+@pytest.mark.fault("images of one level, all black volumes of one slice, a single pixel", "finite samples")
+@pytest.mark.parametrize("shape", [(1, 1), (20, 1), (40, 50), (1, 40, 50), (2, 3, 5)])
+@pytest.mark.parametrize("level", [0, 255])
+@pytest.mark.parametrize("intensity", ["type", "percentiles"])
+def test_images_that_show_nothing(tmp_path: Path, shape: tuple[int, ...], level: int, intensity: str) -> None:
+    np.save(tmp_path / "a.npy", np.full(shape, level, np.uint8))
+    np.save(tmp_path / "b.npy", np.full(shape, level, np.uint16))
+    config = replace(CONFIG, modalities=("oct",), intensity=(intensity,))
+    for train in (False, True):
+        image = dataset([row(0, oct=[tmp_path / "a.npy", tmp_path / "b.npy"])], config, train=train)[0].images["oct"]
+        assert image.isfinite().all() and image.shape[1:] == (3, 16, 16)
 
 
 @pytest.mark.parametrize("wanted", range(1, 8))

@@ -120,6 +120,7 @@ def test_a_jpeg_has_the_values_of_its_decoder(tmp_path: Path) -> None:
     assert_equal(read_image(path), expected(decoded, 255))
 
 
+@pytest.mark.fault("12 bits in 16: {name}", "all 4096 levels are read")
 @pytest.mark.parametrize("name", ["a.png", "a.tif", "deflated.tif", "big_endian.tif", "big_endian_deflated.tif"])
 def test_all_4096_levels_of_a_12_bit_picture_in_16_bits_survive(tmp_path: Path, name: str) -> None:
     levels = (np.arange(4096, dtype=np.uint16) * 16).reshape(64, 64)
@@ -142,6 +143,7 @@ def test_16_bit_colour_in_a_tiff_keeps_its_levels(tmp_path: Path, order: Literal
     assert_equal(read_image(path), expected(pixels, 65535), atol=1e-7)
 
 
+@pytest.mark.fault("a PNG in 16-bit colour", "all levels are read")
 def test_16_bit_colour_in_a_png_keeps_its_levels(tmp_path: Path) -> None:
     pixels = noise(9, 11, 3, dtype=np.uint16)
     path = tmp_path / "image.png"
@@ -174,6 +176,7 @@ def test_float_tiff_is_taken_as_it_is(tmp_path: Path) -> None:
     assert_equal(read_image(save(pixels, tmp_path / "a.tif")), expected(pixels, 1))
 
 
+@pytest.mark.fault("a palette", "its colours are read")
 def test_palettes_become_their_colours(tmp_path: Path) -> None:
     picture = Image.fromarray(np.array([[0, 1], [2, 1]], dtype=np.uint8))
     picture.putpalette([255, 0, 0, 0, 128, 0, 10, 20, 30])
@@ -188,6 +191,7 @@ def test_one_bit_is_black_and_white(tmp_path: Path) -> None:
     assert_equal(read_image(save(pixels, tmp_path / "a.png")), expected(pixels, 1))
 
 
+@pytest.mark.fault("CMYK", "its colours are read")
 def test_cmyk_becomes_rgb(tmp_path: Path) -> None:
     for name in ("a.tif", "a.jpg"):
         Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / name, quality=100)
@@ -195,6 +199,7 @@ def test_cmyk_becomes_rgb(tmp_path: Path) -> None:
         assert_equal(read_image(tmp_path / name), red, atol=0.02)
 
 
+@pytest.mark.fault("transparency, {mode}", "what was hidden is black")
 @pytest.mark.parametrize("mode", ["LA", "RGBA"])
 def test_what_alpha_hides_is_black(tmp_path: Path, mode: str) -> None:
     pixels = noise(6, 7, len(mode))
@@ -220,6 +225,7 @@ def test_a_transparent_colour_is_black(tmp_path: Path, mode: str) -> None:
     assert_equal(read_image(tmp_path / "a.png"), expected(pixels, 255))
 
 
+@pytest.mark.fault("an EXIF orientation", "read upright")
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize(
     ("name", "dtype", "options"),
@@ -252,6 +258,7 @@ def test_orientation_is_applied(
     assert_equal(read_image(tmp_path / name), expected_image)
 
 
+@pytest.mark.fault("a JPEG with a preview", "the photo is read")
 def test_the_photo_of_a_multi_picture_jpeg_is_its_first(tmp_path: Path) -> None:
     photo, preview = Image.new("L", (16, 16), 200), Image.new("L", (16, 16), 50)
     photo.save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[preview])
@@ -281,6 +288,7 @@ def test_the_axes_of_an_array(tmp_path: Path, dtype: Any, white: float, fortran:
     assert_equal(written(volume), slices)
 
 
+@pytest.mark.fault("an array (H, W, 3)", "one colour image, not H slices")
 def test_a_last_axis_of_three_means_colour(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", noise(9, 5, 3))
     assert read_image(tmp_path / "a.npy").shape == (1, 3, 9, 5)
@@ -494,6 +502,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.fault("an image file: {kind}", "refused, file and reason named")
 # Warnings are no errors here, so that it is not they that make a damaged file an error.
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("reader", [read_image, check_image])
@@ -513,6 +522,7 @@ def test_every_kind_of_good_file_passes_the_check(tmp_path: Path) -> None:
         check_image(tmp_path / "a.npy")
 
 
+@pytest.mark.fault("a .{suffix} cut at any length", "refused, or the whole image")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "npy"])
 def test_no_shortened_file_is_read(tmp_path: Path, suffix: str) -> None:
@@ -534,6 +544,7 @@ def test_no_shortened_file_is_read(tmp_path: Path, suffix: str) -> None:
         assert torch.equal(image, whole), f"{length} of {len(content)} bytes gave another image"
 
 
+@pytest.mark.fault("a byte of a PNG changed", "refused by the check")
 def test_a_changed_byte_of_a_png_is_found(tmp_path: Path) -> None:
     content = bytearray(saved_bytes(noise(12, 12, 3), "png", tmp_path))
     content[-14] ^= 1  # in the checksum of the last chunk of pixels, which decoding does not look at
@@ -544,6 +555,7 @@ def test_a_changed_byte_of_a_png_is_found(tmp_path: Path) -> None:
         check_image(path)
 
 
+@pytest.mark.fault("a PNG of 30 kB with 144 million pixels", "refused before it is decoded")
 @pytest.mark.parametrize("action", ["ignore", "error"])
 def test_a_small_file_with_very_many_pixels_is_refused(tmp_path: Path, action: Literal["ignore", "error"]) -> None:
     path = tmp_path / "bomb.png"
@@ -555,6 +567,7 @@ def test_a_small_file_with_very_many_pixels_is_refused(tmp_path: Path, action: L
         read_image(path)
 
 
+@pytest.mark.fault("an array with too many pixels", "refused")
 def test_the_limit_holds_for_arrays_and_where_pillow_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ei.data.formats.source.MAX_PIXELS", 99)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
@@ -601,11 +614,13 @@ def test_8_bits_are_divided_by_255_under_every_setting(tmp_path: Path) -> None:
         assert_equal(read_image(path, intensity=intensity), expected(pixels, 255))
 
 
+@pytest.mark.fault("a constant volume", "black")
 def test_a_constant_volume_is_black_under_percentiles(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.full((3, 5, 5), -7, np.int16))
     assert not read_image(tmp_path / "a.npy", intensity=Intensity("percentiles")).any()
 
 
+@pytest.mark.fault("{value} in pixels", "refused, whatever the intensity")
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("intensity", [Intensity("window", 0, 1), Intensity("percentiles")])
 def test_no_setting_lets_numbers_in_that_are_not_finite(tmp_path: Path, value: float, intensity: Intensity) -> None:
@@ -617,6 +632,7 @@ def test_no_setting_lets_numbers_in_that_are_not_finite(tmp_path: Path, value: f
             reader(tmp_path / "a.npy", intensity=intensity)
 
 
+@pytest.mark.fault("{package} is not installed", "said in one sentence")
 @pytest.mark.parametrize(("name", "package"), [("a.nii", "nibabel"), ("a.dcm", "pydicom")])
 def test_a_missing_extra_is_named_in_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, package: str

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -129,6 +130,7 @@ def test_a_patient_column_groups_rows(folder: Path) -> None:
     assert [row.patient for row in read(folder, text, DataConfig(modalities=("cfp",))).rows] == ["p", "p"]
 
 
+@pytest.mark.fault("a table with {case}", "read all the same")
 @pytest.mark.parametrize(
     "text",
     [
@@ -191,6 +193,7 @@ def test_a_link_within_the_folder_is_followed(folder: Path) -> None:
 # Faults, one at a time
 
 
+@pytest.mark.fault("a table: {case}", "refused, with the row")
 @pytest.mark.parametrize(
     ("text", "problems"),
     [
@@ -217,12 +220,18 @@ def test_a_link_within_the_folder_is_followed(folder: Path) -> None:
             GOOD.replace("test", "Test"), ["row 4: split must be train, val or test, got 'Test'"], id="unknown split"
         ),
         pytest.param(
-            GOOD.replace("c.png,d.png", "c.png;c.png,d.png"), ["row 4: cfp: 'c.png' is listed twice"], id="listed twice"
+            GOOD.replace("c.png,d.png", "c.png;c.png,d.png"), ["row 4: cfp: 'c.png' is listed twice"], id="a file twice"
         ),
         pytest.param(
-            GOOD.replace("c.png,d.png", "c.png,d.png,x"), ["row 4: has 6 cells, but the header has 5"], id="long"
+            GOOD.replace("c.png,d.png", "c.png,d.png,x"),
+            ["row 4: has 6 cells, but the header has 5"],
+            id="a cell too many",
         ),
-        pytest.param(GOOD.replace("c.png,d.png", "a.png"), ["row 4: has 4 cells, but the header has 5"], id="short"),
+        pytest.param(
+            GOOD.replace("c.png,d.png", "a.png"),
+            ["row 4: has 4 cells, but the header has 5"],
+            id="a cell too few",
+        ),
         pytest.param(
             GOOD.replace("dry", "wet"),
             ["file: has one class only in column 'label', 'wet'; at least two are needed"],
@@ -266,6 +275,7 @@ def test_a_fault_of_the_table(folder: Path, text: str | bytes, problems: list[st
     assert problems_of(folder, text) == problems
 
 
+@pytest.mark.fault("a misspelt label in a run of known classes", "refused, with the row")
 def test_an_unknown_label(folder: Path) -> None:
     text = GOOD.replace("c,test,dry", "c,test,drry")
     config = DataConfig(modalities=("cfp", "oct"), classes=("dry", "wet"))
@@ -273,6 +283,7 @@ def test_an_unknown_label(folder: Path) -> None:
         assert problems == ["row 4: label must be dry or wet, got 'drry'"]
 
 
+@pytest.mark.fault("a flag that is neither 0 nor 1", "refused, with the row")
 @pytest.mark.parametrize("value", ["2", "1.0", "yes", "-1"])
 def test_a_flag_that_is_neither_0_nor_1(folder: Path, value: str) -> None:
     text = f"id,split,meniscus,acl,cfp\na,train,1,0,a.png\nb,train,{value},0,b.png\n"
@@ -336,6 +347,7 @@ def test_a_class_that_a_modality_never_shows_is_warned_of(folder: Path) -> None:
     assert warnings == ["file: has no train row of wet with oct; the first stage cannot learn them"]
 
 
+@pytest.mark.fault("a patient in several splits", "refused, with all rows")
 def test_a_patient_in_several_splits_is_reported_once_with_all_rows(folder: Path) -> None:
     rows = ["a,train,p", "b,train,q", "c,val,p", "d,train,p", "e,test,p", "f,test,r"]
     lines = [f"{row},{label},{row[0]}.png" for row, label in zip(rows, "xyxyxy", strict=True)]
@@ -350,6 +362,7 @@ def test_an_empty_patient_is_not_replaced_by_the_id(folder: Path) -> None:
     assert problems_of(folder, text, DataConfig(modalities=("cfp",))) == ["row 3: patient is empty"]
 
 
+@pytest.mark.fault("the path `{written}`", "refused unopened")
 @pytest.mark.parametrize(
     ("written", "reason"),
     [
@@ -406,6 +419,7 @@ def make_unusable(path: Path, kind: str) -> None:
             path.write_bytes(whole.read_bytes()[:-20])
 
 
+@pytest.mark.fault("a table that lists an image: {kind}", "one line for each row that lists it")
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
@@ -446,6 +460,7 @@ def test_every_file_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     assert sorted(path.name for path in checked) == ["a.png", "c.png", "d.png"]
 
 
+@pytest.mark.fault("ten faults in one table", "all reported at once, in order")
 def test_all_faults_are_reported_at_once_in_the_order_of_rows(folder: Path) -> None:
     text = """\
 id,split,patient,cfp,label
@@ -483,6 +498,7 @@ def test_the_message_holds_the_file_and_every_problem(folder: Path) -> None:
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
 
 
+@pytest.mark.fault("a manifest: {kind}", "refused")
 @pytest.mark.parametrize(("kind", "reason"), [("directory", "is not a regular file"), ("fifo", "is not a regular file"),
                                               ("missing", "does not exist")])  # fmt: skip
 def test_a_manifest_that_is_no_file(folder: Path, kind: str, reason: str) -> None:
@@ -505,6 +521,7 @@ def test_many_faults_are_counted_in_the_message_and_all_in_the_error(folder: Pat
     assert len(str(caught.value).splitlines()) == 21
 
 
+@pytest.mark.fault("a cell that is `{value}`", "refused as a missing value")
 @pytest.mark.parametrize("value", ["nan", "NaN", "#N/A", "<NA>", "NULL"])
 @pytest.mark.parametrize("column", ["id", "label", "patient", "cfp"])
 def test_what_tables_write_for_nothing_is_no_value(folder: Path, value: str, column: str) -> None:
@@ -521,6 +538,7 @@ def warnings_of(folder: Path, text: str, config: DataConfig = CONFIG) -> list[st
     return [str(warning) for warning in read(folder, text, config).warnings]
 
 
+@pytest.mark.fault("the same image bytes in two splits", "refused, with both rows")
 def test_a_copy_in_another_split_is_refused_whatever_its_name(folder: Path) -> None:
     (folder / "copy.png").write_bytes((folder / "b.png").read_bytes())
     assert problems_of(folder, GOOD.replace("c.png", "copy.png")) == [
@@ -529,12 +547,14 @@ def test_a_copy_in_another_split_is_refused_whatever_its_name(folder: Path) -> N
     ]
 
 
+@pytest.mark.fault("the same image bytes under two patients of a split", "warned of")
 def test_a_copy_within_a_split_is_warned_of(folder: Path) -> None:
     assert "row 3: oct: the same image is that of 2 patients: " in warnings_of(folder, GOOD)[-1]
     without = GOOD.replace("b.png,a.png", "b.png,e.png") + "d,test,wet,f.png,sub/c.png\n"
     assert warnings_of(folder, without) == []
 
 
+@pytest.mark.fault("an image saved anew in another split", "warned of")
 def test_lookalikes_in_another_split_are_warned_of(folder: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
     Image.fromarray(pixels).save(folder / "e.png")
@@ -549,6 +569,7 @@ def test_a_manifest_to_predict_may_list_an_image_for_several_patients(folder: Pa
     assert manifest.warnings == ()
 
 
+@pytest.mark.fault("classes that a split lacks, or that differ in capitals", "warned of")
 def test_classes_that_a_split_lacks_and_names_that_nearly_agree(folder: Path) -> None:
     text = GOOD.replace("b.png,a.png", "b.png,e.png").replace("c,test,dry", "c,test,Dry")
     assert warnings_of(folder, text) == [
@@ -593,6 +614,40 @@ def test_paths_may_lead_out_where_that_is_allowed(folder: Path) -> None:
         assert row.images["cfp"][0].read_bytes() == (folder.parent / "outside.png").read_bytes()
     with pytest.raises(ManifestError, match="is an address"):
         read(folder, GOOD.replace("c.png", "file:///etc/passwd"), config)
+
+
+@pytest.mark.fault("a table of very many rows, or of as many classes", "the time grows with the rows, not their square")
+@pytest.mark.parametrize("classes", ["two", "as many"])
+def test_the_time_grows_with_the_rows_and_not_with_their_square(folder: Path, classes: str) -> None:
+    seconds = []
+    for count in (2_000, 20_000):
+        labels = ["xy"[number % 2] if classes == "two" else f"kind {number}" for number in range(count)]
+        rows = [f"r{number},train,{label},{'abcdef'[number % 6]}.png" for number, label in enumerate(labels)]
+        started = time.process_time()
+        manifest = read(folder, "\n".join(["id,split,label,cfp", *rows]), DataConfig(modalities=("cfp",)))
+        seconds.append(time.process_time() - started)
+        assert len(manifest.rows) == count
+    assert seconds[1] < 40 * seconds[0]
+
+
+@pytest.mark.fault("NaN or infinity in the pixels of {name}", "one line for each row that lists it")
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("name", ["a.npy", "volume.npy", "a.tif", "a.nii", "a.nii.gz"])
+@pytest.mark.parametrize("intensity", ["type", "percentiles", "0:1"])
+def test_numbers_that_are_not_finite_are_reported(folder: Path, name: str, value: float, intensity: str) -> None:
+    pixels = np.full((3, 8, 9) if name == "volume.npy" else (8, 9), 0.5, np.float32)
+    pixels[..., 2, 3] = value
+    if name.endswith(".npy"):
+        np.save(folder / name, pixels)
+    elif name == "a.tif":
+        Image.fromarray(pixels).save(folder / name)
+    else:
+        nibabel = pytest.importorskip("nibabel")
+        nibabel.save(nibabel.Nifti1Image(pixels, np.eye(4)), folder / name)
+    config = DataConfig(modalities=("cfp", "oct"), intensity=(intensity,))
+    (problem,) = problems_of(folder, GOOD.replace("c,test,dry,c.png", f"c,test,dry,{name}"), config)
+    assert problem.startswith(f"row 4: cfp: {folder / name}: has ")
+    assert "finite" in problem
 
 
 # Arguments

@@ -75,6 +75,7 @@ class Touch:
         return Path.touch, (self.path,)
 
 
+@pytest.mark.fault("code in a pickle given as weights", "refused, nothing runs")
 def test_code_in_a_pickle_does_not_run(tmp_path: Path) -> None:
     trace = tmp_path / "trace"
     torch.save({"a": torch.ones(1), "b": Touch(trace)}, tmp_path / "evil.pth")
@@ -85,6 +86,7 @@ def test_code_in_a_pickle_does_not_run(tmp_path: Path) -> None:
     assert not trace.exists()
 
 
+@pytest.mark.fault("a {suffix} of weights cut", "refused by name")
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 @pytest.mark.parametrize("keep", [0, 7, 0.5, -1])
 def test_truncated_files(tmp_path: Path, suffix: str, keep: float) -> None:

@@ -86,6 +86,7 @@ def test_a_rescale_without_window_changes_nothing(tmp_path: Path) -> None:
     np.testing.assert_allclose(rescaled, plain, atol=1e-6)
 
 
+@pytest.mark.fault("DICOM: rescale, window, MONOCHROME1", "applied in order, inverted once")
 @pytest.mark.parametrize("function", [None, "LINEAR", "LINEAR_EXACT", "SIGMOID"])
 @pytest.mark.parametrize("dtype", [np.uint16, np.int16])
 @pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
@@ -129,6 +130,7 @@ def test_tables_go_before_windows(tmp_path: Path) -> None:
     np.testing.assert_allclose(grey(save(header, tmp_path))[0], np.array([[0, 200, 100, 255]]) / 255, atol=1e-6)
 
 
+@pytest.mark.fault("DICOM of several frames", "a volume; each frame by its own window")
 def test_frames_are_slices_and_have_their_own_groups(tmp_path: Path) -> None:
     stored = noise(3, 4, 5, dtype=np.int16)
     frames = []
@@ -175,6 +177,7 @@ def test_colour(tmp_path: Path) -> None:
     np.testing.assert_allclose(image[0].permute(1, 2, 0), stored / 255, atol=1e-6)
 
 
+@pytest.mark.fault("DICOM in colour: {name}", "the same colours")
 @pytest.mark.parametrize("name", ["SC_ybr_full_422_uncompressed.dcm", "SC_rgb_dcmtk_+eb+cy+np.dcm", "SC_rgb_rle.dcm"])
 def test_ybr_and_rgb_files_show_the_same_bars(name: str) -> None:
     """All are the same picture of coloured bars, red on top."""
@@ -190,6 +193,7 @@ def test_a_palette_becomes_its_colours() -> None:
     assert not np.array_equal(image[0, 0], image[0, 1])
 
 
+@pytest.mark.fault("DICOM: {name}", "refused, file and reason named")
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -212,6 +216,7 @@ def test_files_that_cannot_be_used_are_named_with_the_reason(name: str, message:
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.fault("DICOM with a header that does not fit its pixels", "refused by name")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -229,6 +234,7 @@ def test_headers_that_do_not_fit(tmp_path: Path, change: dict[str, Any], message
         check_image(save(picture(stored, **change), tmp_path))
 
 
+@pytest.mark.fault("DICOM cut at any length", "refused")
 @pytest.mark.filterwarnings("ignore")
 def test_no_shortened_file_is_read(tmp_path: Path) -> None:
     path = save(picture(noise(3, 6, 6)), tmp_path)

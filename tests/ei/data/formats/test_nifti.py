@@ -49,6 +49,7 @@ def test_the_third_axis_counts_slices(tmp_path: Path, suffix: str, dtype: Any, w
     check_image(path)
 
 
+@pytest.mark.fault("NIfTI axes in any order and direction", "the same slices")
 @pytest.mark.parametrize("sliced", range(3))
 @pytest.mark.parametrize("stored", [*itertools.product((-1, 1), repeat=3)])
 @pytest.mark.parametrize("swapped", [False, True])
@@ -97,6 +98,7 @@ def complex_values() -> NDArray[Any]:
     return noise(4, 4, 4).astype(np.complex64)
 
 
+@pytest.mark.fault("NIfTI of other numbers or axes, or with NaN", "refused by name")
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -117,6 +119,7 @@ def test_what_is_refused(tmp_path: Path, values: NDArray[Any], message: str, suf
             reader(path)
 
 
+@pytest.mark.fault("a NaN voxel in NIfTI", "refused, whatever the intensity")
 @pytest.mark.parametrize("rule", [Intensity("window", 0, 1), Intensity("percentiles")])
 def test_numbers_that_are_not_finite_are_refused_under_every_rule(tmp_path: Path, rule: Intensity) -> None:
     values = noise(4, 4, 4).astype(np.float32)
@@ -125,6 +128,7 @@ def test_numbers_that_are_not_finite_are_refused_under_every_rule(tmp_path: Path
         check_image(save(values, tmp_path / "a.nii"), intensity=rule)
 
 
+@pytest.mark.fault("a {suffix} cut", "refused by name")
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("length", [0, 100, 400, -100])
 def test_truncated(tmp_path: Path, suffix: str, length: int) -> None:
@@ -144,6 +148,7 @@ def promising(path: Path, *, shape: tuple[int, ...]) -> Path:
     return path
 
 
+@pytest.mark.fault("a {suffix} whose header promises gigabytes", "refused before anything is allocated")
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_a_header_that_promises_too_much_is_refused_before_anything_is_allocated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
@@ -158,6 +163,7 @@ def test_a_header_that_promises_too_much_is_refused_before_anything_is_allocated
             read_image(path)
 
 
+@pytest.mark.fault("a byte of a .nii.gz changed", "refused by the check")
 def test_a_changed_byte_of_a_compressed_file_is_found(tmp_path: Path) -> None:
     path = save(noise(16, 16, 16), tmp_path / "a.nii.gz")
     content = bytearray(path.read_bytes())
