@@ -45,6 +45,7 @@ class RescaledLinear(nn.Module):
         column_scale: s_col, (P, K), a row for each of P projections that are packed in W.
         shift: f, (O,).
 
+    >>> import torch
     >>> layer = RescaledLinear(nn.Linear(4, 6), packed=3)
     >>> layer(torch.zeros(5, 4)).shape, sum(p.numel() for p in (layer.row_scale, layer.column_scale, layer.shift))
     (torch.Size([5, 6]), 24)
