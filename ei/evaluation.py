@@ -19,7 +19,7 @@ from ei.data.loaders import evaluation_loader
 from ei.data.manifest import Manifest, Row, read_manifest
 from ei.exports import csv_bytes
 from ei.metrics import summarise
-from ei.models import UniModal
+from ei.models import Encoder
 from ei.processes import Processes
 from ei.progress import track
 from ei.report import write_report
@@ -276,7 +276,7 @@ def recorded_gates(model: nn.Module) -> Iterator[Mapping[str, GateRecord]]:
     """
     roles: dict[tuple[nn.Module, str], list[str]] = {}
     for name, branch in model.named_modules():
-        if isinstance(branch, UniModal) and _has_router(branch):
+        if isinstance(branch, Encoder) and _has_router(branch):
             roles.setdefault((branch.backbone.vit, branch.modality), []).append(name.split(".")[0] or "unimodal")
     with ExitStack() as stack:
         yield {

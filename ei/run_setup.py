@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ei.config import Config
+from ei.config import TWO_STAGES, Config
 from ei.data.manifest import SPLITS, Manifest
 from ei.progress import say
 from ei.run_folder import RunFolder
@@ -22,7 +22,7 @@ MAY_CHANGE = {"train": {"device", "workers", "save_minutes", "micro_batch", "ten
 
 
 def resolved(config: Config, manifest: Manifest) -> Config:
-    """The configuration as it is saved: classes in their order, files by absolute paths."""
+    """The configuration as it is saved: classes in their order, files by absolute paths, only stages that there are."""
     prior = config.train.gate_prior
     if prior and prior not in manifest.modalities:
         raise ValueError(f"gate_prior must be one of {', '.join(manifest.modalities)}, got '{prior}'")
@@ -36,6 +36,9 @@ def resolved(config: Config, manifest: Manifest) -> Config:
         config.model, weights=_absolute(config.model.weights), aux_weights=_absolute(config.model.aux_weights)
     )
     train = replace(config.train, stage1_from=_absolute(config.train.stage1_from))
+    if config.model.fusion not in TWO_STAGES and train.stages != "2":
+        say(f"note: fusion '{config.model.fusion}' has no first stage, so stages is '2'")
+        train = replace(train, stages="2")
     return replace(config, data=data, model=model, train=train)
 
 
