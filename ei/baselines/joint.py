@@ -20,12 +20,14 @@ from ei.models.output import Output
 
 
 class JointEmbedding(FusionModel):
-    """``logits = head(mean_m u_m)``, ``u_m = project_m(f_m)`` of length 1, and :func:`contrastive_loss` on all pairs.
+    """``logits = head(sqrt(E) mean_m u_m)`` with ``u_m = project_m(f_m)`` of length 1, over the m that a sample has.
 
-    The mean is over the modalities that a sample has. The classifier is linear; without one, :func:`class_prototypes`
-    of the training rows and :func:`zero_shot` classify what :meth:`embed` gives, and :func:`retrieve` finds a patient's
-    image of one modality by that of another. The negatives of the contrastive loss are the other samples of the batch
-    that goes through the model at once: ``micro_batch`` and several processes make them fewer.
+    The loss of each pair of modalities is :func:`contrastive_loss`, mean over the pairs that a sample has. Negatives
+    are the other samples that go through the model at once: ``micro_batch`` and several processes make them fewer.
+    sqrt(E) gives the head numbers of about 1, without which it would learn slowly.
+
+    The classifier is linear. Without one, :func:`class_prototypes` of the training rows and :func:`zero_shot` classify
+    what :meth:`embed` gives, and :func:`retrieve` finds a patient's image of one modality by that of another.
 
     Source: arXiv 2103.00020, section 2.3.
     """
@@ -52,7 +54,10 @@ class JointEmbedding(FusionModel):
             pairs.append(has[:, one] & has[:, other])
             losses.append(contrastive_loss(units[:, one], units[:, other], scale, pairs[-1]))
         count = torch.stack(pairs).sum(0).clamp_min(1)
-        return Output(self.head(mean), penalties={"contrastive": self.weight * torch.stack(losses).sum(0) / count})
+        return Output(
+            self.head(math.sqrt(mean.shape[1]) * mean),
+            penalties={"contrastive": self.weight * torch.stack(losses).sum(0) / count},
+        )
 
     def embed(self, batch: Batch) -> Tensor:
         """(B, M, E), each of length 1; that of a modality which a sample lacks says nothing."""
@@ -70,7 +75,7 @@ class Temperature(nn.Module):
 
     Source: arXiv 2103.00020, section 2.4.
 
-    >>> round(float(Temperature(0.07)()), 4)
+    >>> round(Temperature(0.07)().item(), 4)
     14.2857
     """
 
@@ -99,10 +104,11 @@ def contrastive_loss(one: Tensor, other: Tensor, scale: Tensor | float, there: T
     [0.6931, 0.6931]
     """
     rows = torch.arange(len(one), device=one.device) if there is None else there.nonzero()[:, 0]
-    similarity = scale * one[rows] @ other[rows].mT
-    # Cross-entropy, written out: it would refuse a batch in which nobody has both.
-    forth, back = similarity.log_softmax(1).diagonal(), similarity.log_softmax(0).diagonal()
-    return torch.zeros_like(one[:, 0]).index_put((rows,), -(forth + back) / 2)
+    with torch.autocast(one.device.type, enabled=False):
+        similarity = scale * one[rows] @ other[rows].mT
+        # Cross-entropy, written out: it would refuse a batch in which nobody has both.
+        forth, back = similarity.log_softmax(1).diagonal(), similarity.log_softmax(0).diagonal()
+        return torch.zeros_like(one[:, 0]).index_put((rows,), -(forth + back) / 2)
 
 
 def retrieve(query: Tensor, gallery: Tensor, k: int) -> Tensor:

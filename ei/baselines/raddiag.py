@@ -87,5 +87,5 @@ class SetTransformer(nn.Module):
                     f" got {len(self.positions) - 1}"
                 )
             x = x + self.positions[: x.shape[1]]
-        absent = torch.cat([torch.zeros_like(there[:, :1]), ~there], dim=1)
+        absent = torch.cat([there.new_zeros(len(there), 1), ~there], dim=1)
         return self.layers(x, src_key_padding_mask=absent)[:, 0]
