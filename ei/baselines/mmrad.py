@@ -51,8 +51,8 @@ class MMRAD(FusionModel):
         has = batch.has_each(self.modalities)
         maps = self.maps(batch)  # (B, M, P, D)
         # Not to be seen is not to be there: the decoder has no mask for all of its attentions, so samples with the same
-        # modalities go through it together. All maps stay part of the result, so that all parameters get gradients.
-        task = maps.new_zeros(len(maps), self.width) + maps[:0].sum()
+        # modalities go through it together.
+        task = maps.new_zeros(len(maps), self.width)
         for pattern in has.unique(dim=0):
             rows = (has == pattern).all(1).nonzero()[:, 0]
             own = pattern.nonzero()[:, 0].tolist()

@@ -30,6 +30,14 @@ def test_prompts_are_their_formula_and_reach_every_block(trunk_of) -> None:
     for block in range(4):
         only = [prompt if index == block else torch.zeros_like(prompt) for index, prompt in enumerate(prompts)]
         assert (backbone.features(images, only)[1] - plain).abs().max() > 1e-3
+        # as if added by hand to what timm's block is given
+        hook = backbone.vit.blocks[block].register_forward_pre_hook(
+            lambda _, given, added=prompts[block]: torch.cat([given[0][:, :1], given[0][:, 1:] + added], dim=1)
+        )
+        expected = backbone.features(images)
+        hook.remove()
+        for one, other in zip(backbone.features(images, only), expected, strict=True):
+            torch.testing.assert_close(one, other)
     zero = [torch.zeros_like(prompt) for prompt in prompts]
     assert torch.equal(backbone.features(images, zero)[1], plain)
 

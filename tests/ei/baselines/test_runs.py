@@ -14,7 +14,7 @@ from ei.checkpoint import read_checkpoint
 from ei.config import BaselineConfig, Config
 from ei.runs import load
 
-FUSIONS = ["mm-mil", "coscat", "late-max", "unimodel"]
+FUSIONS = ["mm-mil", "coscat", "late-average", "unimodel"]
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +37,12 @@ def config(lasting_manifest: Path, study_config: Callable[..., Config], small: d
 def test_a_run(config, tmp_path: Path, capsys: pytest.CaptureFixture[str], fusion: str) -> None:
     run = train(config(fusion), tmp_path / "run")
     note = f"note: fusion '{fusion}' has no first stage, so stages is '2'"
-    two_stages = fusion == "late-max"
+    two_stages = fusion == "late-average"
     assert (note in capsys.readouterr().out) == (not two_stages)
     assert Config.load(run / "config.yaml").train.stages == ("both" if two_stages else "2")
     assert (run / "stage1").exists() == two_stages
     record = json.loads((run / "stage2/metrics.jsonl").read_text().splitlines()[-1])
-    own = {"coscat": {"modality", "cosine"}, "late-max": {"modality"}}.get(fusion, set())
+    own = {"coscat": {"modality", "cosine"}, "late-average": {"modality"}}.get(fusion, set())
     assert set(record["loss"]) == {"fused", "total"} | own
     metrics = json.loads((run / "metrics.json").read_text())
     assert set(metrics["splits"]["test"]["modalities"]) == ({"cfp", "oct"} if "modality" in own else set())
@@ -50,13 +50,14 @@ def test_a_run(config, tmp_path: Path, capsys: pytest.CaptureFixture[str], fusio
     predict(run, config(fusion).data.manifest, tmp_path / "out.csv")
     with (tmp_path / "out.csv").open(newline="") as file:
         columns = next(csv.DictReader(file)).keys()
+    weighs = fusion in ("mm-mil", "late-average")
     assert {name.partition(":")[0] for name in columns if ":" in name} == (
-        {"fused"} | ({"cfp", "oct"} if "modality" in own else set()) | ({"weight"} if fusion == "mm-mil" else set())
+        {"fused"} | ({"cfp", "oct"} if "modality" in own else set()) | ({"weight"} if weighs else set())
     )
-    assert ("weight:oct" in columns) == (fusion == "mm-mil")
+    assert ("weight:oct" in columns) == weighs
     assert fusion in (run / "report.html").read_text()
     gates = json.loads((run / "gates.json").read_text())
-    whose = {"late-max": {"primary/cfp", "primary/oct"}, "unimodel": {"encoder/cfp+oct"}}
+    whose = {"late-average": {"primary/cfp", "primary/oct"}, "unimodel": {"encoder/cfp+oct"}}
     assert set(gates) == whose.get(fusion, {"encoders/cfp", "encoders/oct"})
     assert evaluate(run)["splits"]["test"] == metrics["splits"]["test"]
 

@@ -8,12 +8,12 @@ from ei.data.sample import Batch
 from ei.models import load_backbone
 
 
-def by_hand(backbone, images: torch.Tensor) -> torch.Tensor:
-    """(S, 3, H, W) of one sample -> CLS (1, D), with timm's own parts."""
+def by_hand(backbone, images: torch.Tensor, added: torch.Tensor | float = 0.0) -> torch.Tensor:
+    """(S, 3, H, W) of one sample, and (S, 1, D) for the patches of each -> CLS (1, D), with timm's own parts."""
     vit = backbone.vit
     each = vit.norm_pre(vit._pos_embed(vit.patch_embed(images)))
     prefix = vit.num_prefix_tokens
-    x = torch.cat([each[:1, :prefix], each[:, prefix:].flatten(0, 1)[None]], dim=1)
+    x = torch.cat([each[:1, :prefix], (each[:, prefix:] + added).flatten(0, 1)[None]], dim=1)
     for block in vit.blocks:
         x = block(x)
     return vit.norm(x)[:, 0]
@@ -23,10 +23,15 @@ def by_hand(backbone, images: torch.Tensor) -> torch.Tensor:
 def test_it_is_one_sequence(build, make_batch, embeddings: bool) -> None:
     model = build("unimodel", unimodel_embeddings=embeddings)
     batch = make_batch(cfp=(1, 0), oct=(2, 1))
+    kinds = torch.randn(2, 64) if embeddings else torch.zeros(2, 64)
+    if embeddings:
+        with torch.no_grad():
+            model.embeddings.weight.copy_(kinds)
     output = model(batch).logits
     for row in range(2):
         images = torch.cat([batch.images[name][row][batch.present[name][row]] for name in ("cfp", "oct")])
-        expected = model.head(by_hand(model.encoder.backbone, images))
+        added = kinds[[0, 1, 1] if row == 0 else [1]][:, None]
+        expected = model.head(by_hand(model.encoder.backbone, images, added))
         torch.testing.assert_close(output[[row]], expected, rtol=1e-4, atol=1e-5)
 
 
