@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar, cast
 import tyro
 
 from ei import explain_missing
-from ei.config import Config, DataConfig, ModelConfig, Names, find_config
+from ei.config import BaselineConfig, Config, DataConfig, ModelConfig, Names, find_config
 from ei.data.derm7pt import Derm7pt
 from ei.data.mmc_amd import MmcAmd
 from ei.data.mrnet import MRNet
@@ -179,6 +179,7 @@ class Params:
     image_size: int = DataConfig.image_size
     """As for 'ei train'; the number of tokens depends on it, which counts with --adapter full and losa."""
     model: Annotated[ModelConfig, tyro.conf.arg(name="")] = field(default_factory=ModelConfig)
+    baseline: Annotated[BaselineConfig, tyro.conf.arg(name="")] = field(default_factory=BaselineConfig)
 
 
 def run(words: Sequence[str]) -> int:
@@ -321,6 +322,7 @@ def params(words: Sequence[str]) -> None:
         classes=len(known.data.classes) or (len(known.data.labels) if known.data.multi_label else tyro.MISSING),
         image_size=known.data.image_size,
         model=known.model,
+        baseline=known.baseline,
     )
     command = _parse(Params, "params", words, default=default)
     data = DataConfig(modalities=command.modalities, image_size=command.image_size)
@@ -328,8 +330,9 @@ def params(words: Sequence[str]) -> None:
 
     from ei.models import build_model, count_trainable
 
+    config = Config(data=data, model=command.model, baseline=command.baseline)
     with torch.device("meta"):
-        counts = count_trainable(build_model(Config(data=data, model=command.model), command.classes))
+        counts = count_trainable(build_model(config, command.classes))
     width = max(map(len, counts))
     for part, count in counts.items():
         print(f"{part:<{width}}  {count:>13,}")

@@ -1,4 +1,4 @@
-"""The settings of a run: three small dataclasses, read from YAML or flags, saved with every run.
+"""The settings of a run: four small dataclasses, read from YAML or flags, saved with every run.
 
 Field names are unique over all sections, so that each is one flag: ``--backbone tiny --epochs 5``.
 """
@@ -58,6 +58,29 @@ AdapterName = Annotated[
 Names = Annotated[tuple[str, ...], _comma_separated(str)]
 Integers = Annotated[tuple[int, ...], _comma_separated(int)]
 Floats = Annotated[tuple[float, ...], _comma_separated(float)]
+
+Fusion = Literal[
+    "ei",
+    "late",
+    "mm-mil",
+    "sfusion",
+    "coscat",
+    "raddiag",
+    "dynmm",
+    "mmrad",
+    "unimodel",
+    "early",
+    "late-average",
+    "late-weighted",
+    "late-max",
+    "late-learned",
+    "cross",
+    "joint",
+]
+GATED = ("ei", "late")
+"""Fusions with the paper's gate, and so with its loss."""
+TWO_STAGES = (*GATED, "late-average", "late-weighted", "late-max", "late-learned")
+"""Fusions that start from a model of each modality alone; the others are trained at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,8 +203,9 @@ class DataConfig:
 class ModelConfig:
     """Backbone, adapters, and how modalities meet."""
 
-    fusion: Literal["ei", "late"] = "ei"
-    """'ei': summaries of the other modalities enter each ViT; 'late': the ablation without them."""
+    fusion: Fusion = "ei"
+    """'ei': summaries of the other modalities enter each ViT; 'late': the ablation without them; the others are
+    baselines (docs/baselines.md)."""
     backbone: str = "vit_base_patch16_clip_224.openai"
     """A timm name, open_clip:NAME[:PRETRAINED], or 'tiny' (a small ViT for trials on a CPU)."""
     pretrained: bool = True
@@ -240,24 +264,27 @@ class ModelConfig:
         return () if self.adapter == OF_PEFT + "ln_tuning" else ("targets",)
 
     def __post_init__(self) -> None:
-        _require(self.fusion in ("ei", "late"), "fusion", "'ei' or 'late'", self.fusion)
+        fusions = get_args(Fusion)
+        _require(self.fusion in fusions, "fusion", f"one of {', '.join(fusions)}", self.fusion)
         of_peft = self.adapter.startswith(OF_PEFT)
         known = f"one of {', '.join(ADAPTERS)}, or {OF_PEFT}NAME"
         _require(self.adapter in ADAPTERS or (of_peft and self.adapter != OF_PEFT), "adapter", known, self.adapter)
         _require(self.prompts >= 1, "prompts", "at least 1", self.prompts)
         numbers = all(block >= 0 for block in self.blocks) and len(set(self.blocks)) == len(self.blocks)
         _require(numbers, "blocks", "different numbers from 0 on", self.blocks)
-        # Intervention tokens would change the number of tokens, which its layers are made for.
-        alone = self.fusion == "late" or self.adapter != "losa"
+        # Tokens from other modalities would change the number of tokens, which its layers are made for.
+        alone = self.fusion.startswith("late") or self.adapter != "losa"
         _require(alone, "fusion", "'late' with adapter 'losa', which works for one number of tokens", self.fusion)
         _require(self.int_hidden >= 1, "int_hidden", "at least 1", self.int_hidden)
         _require(self.int_from >= 0, "int_from", "at least 0", self.int_from)
         _require(self.int_at >= 0, "int_at", "at least 0", self.int_at)
         own = self.share_adapters and self.aux_backbone
         _require(not own, "share_adapters", "off with aux_backbone, whose layers are others", self.share_adapters)
-        if self.fusion == "late":
+        if self.fusion != "ei":
             intervention = ("int_hidden", "int_from", "int_at", "aux_backbone", "aux_weights", "share_adapters")
-            _refuse_idle(self, intervention, "fusion 'late'")
+            _refuse_idle(self, intervention, f"fusion '{self.fusion}'")
+        if self.fusion not in GATED:
+            _refuse_idle(self, ("detach_fusion",), f"fusion '{self.fusion}'")
         # To say that there is no bypass is right of all adapters but mor, so it is allowed.
         settings = {name for used in ADAPTERS.values() for name in used}
         _refuse_idle(self, list(settings.difference(self._used)), f"adapter '{self.adapter}'")
@@ -265,6 +292,93 @@ class ModelConfig:
             _refuse_idle(self, ("share_adapters",), "adapter 'frozen'")
         if not self.aux_backbone:
             _refuse_idle(self, ("aux_weights",), "no aux_backbone")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaselineConfig:
+    """What the baselines leave open. A field is of the fusion that its name begins with (mil: mm-mil)."""
+
+    mil_heads: int = 8
+    """Ways to attend to the images of a sample; the prediction is the mean over them."""
+    mil_hidden: int = 256
+    """Width of each of them; 8 x 256 gives the paper's number of parameters."""
+    sfusion_layers: int = 8
+    """Layers of the transformer over the tokens of all modalities."""
+    sfusion_heads: int = 4
+    """Their heads."""
+    sfusion_grid: int = 8
+    """Patch maps are pooled to this side before."""
+    sfusion_dropout: float = 0.1
+    """Dropout in the layers, and on what they read."""
+    coscat_cosine: float = 1.0
+    """Weight of the loss 1 - cosine between the modalities' features; the authors' is not public."""
+    raddiag_layers: int = 2
+    """Layers of the transformer over the modalities; that over the images of each has one."""
+    raddiag_heads: int = 4
+    """Their heads."""
+    raddiag_slices: int = 32
+    """Most images of a modality: learned positions."""
+    raddiag_table: int = 16
+    """Rows of the table of modality embeddings, of which the first are used; the authors' table has 16."""
+    dynmm_hidden: int = 128
+    """Hidden width of the gate that chooses among the experts."""
+    dynmm_temperature: float = 1.0
+    """Scores of the gate are divided by this."""
+    dynmm_hard: bool = False
+    """The sample's best expert answers alone; gradients are those of the soft choice."""
+    dynmm_cost: float = 0.1
+    """Weight of the loss on the choice of the expert of all modalities, the costly one."""
+    dynmm_experts: bool = True
+    """Experts of one modality have losses of their own, too; the authors train them before."""
+    mmrad_depth: int = 1
+    """Layers of the two-way transformer between a modality and the others; 1 gives the paper's number of parameters."""
+    mmrad_heads: int = 8
+    """Its heads."""
+    mmrad_mlp: int = 2048
+    """Hidden width of its MLPs."""
+    mmrad_prompts: bool = True
+    """Prompts made from the image are added to its patch tokens before each block; off in MMRAD-MoR."""
+    mmrad_prompt_width: int = 48
+    """Width of the network that makes them; not public, 48 gives the paper's number of parameters."""
+    unimodel_embeddings: bool = False
+    """Patches are told by a learned embedding which modality they are of; not in the paper."""
+    early_hidden: Integers = (512, 256)
+    """Hidden widths of the MLP on the joined features."""
+    learned_hidden: int = 64
+    """Hidden width of the MLP on the modalities' predictions."""
+    cross_width: int = 512
+    """Width of the attention from each modality's patches to the others'."""
+    cross_heads: int = 8
+    """Its heads."""
+    joint_width: int = 512
+    """Width of the joint embedding."""
+    joint_temperature: float = 0.07
+    """Similarities are divided by this in the contrastive loss; the start of what is learned."""
+    joint_weight: float = 1.0
+    """Weight of the contrastive loss beside that of the classifier."""
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.type is int:
+                _require(value >= 1, item.name, "at least 1", value)
+        _require(0 <= self.sfusion_dropout < 1, "sfusion_dropout", "at least 0 and below 1", self.sfusion_dropout)
+        for name in ("coscat_cosine", "dynmm_cost", "joint_weight"):
+            _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
+        for name in ("dynmm_temperature", "joint_temperature"):
+            _require(getattr(self, name) > 0, name, "positive", getattr(self, name))
+        _require(all(width >= 1 for width in self.early_hidden), "early_hidden", "positive", self.early_hidden)
+        if not self.mmrad_prompts:
+            _refuse_idle(self, ("mmrad_prompt_width",), "mmrad_prompts off")
+
+    @classmethod
+    def of(cls, fusion: str) -> list[str]:
+        """Names of a fusion's own settings.
+
+        >>> BaselineConfig.of("mm-mil")
+        ['mil_heads', 'mil_hidden']
+        """
+        return [item.name for item in fields(cls) if item.name.startswith(fusion.rpartition("-")[2] + "_")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,7 +414,8 @@ class TrainConfig:
     gate_prior: str = ""
     """That modality; empty: the one whose stage-1 model has the best mAP on the training rows."""
     stages: Literal["both", "2"] = "both"
-    """'both': first each modality alone, then together; '2': together at once, from the backbone."""
+    """'both': first each modality alone, then together; '2': together at once, from the backbone, as are all
+    baselines but the late ones."""
     stage1_from: str = ""
     """A run on the same data whose stage 1 is taken over instead of being trained again."""
     bootstrap: int = 1000
@@ -360,10 +475,15 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    baseline: BaselineConfig = field(default_factory=BaselineConfig)
 
     def __post_init__(self) -> None:
-        if self.model.fusion == "late":
-            _refuse_idle(self.train, ("aux_weight",), "fusion 'late'")
+        fusion, of_others = self.model.fusion, {item.name for item in fields(BaselineConfig)}
+        idle = [] if fusion == "ei" else ["aux_weight"]
+        idle += [] if fusion in GATED else ["gate_weight", "gate_prior"]
+        idle += [] if fusion in TWO_STAGES else ["stage1_from"]
+        _refuse_idle(self.train, idle, f"fusion '{fusion}'")
+        _refuse_idle(self.baseline, sorted(of_others.difference(BaselineConfig.of(fusion))), f"fusion '{fusion}'")
         compiled = self.train.compile != "off" and self.model.adapter.startswith(OF_PEFT)
         _require(not compiled, "compile", f"'off' with adapter '{self.model.adapter}'", self.train.compile)
 
@@ -386,7 +506,7 @@ class Config:
         Raises:
             ValueError: a section or field that does not exist, or a value that a field refuses.
         """
-        sections = {"data": DataConfig, "model": ModelConfig, "train": TrainConfig}
+        sections = {"data": DataConfig, "model": ModelConfig, "train": TrainConfig, "baseline": BaselineConfig}
         _refuse_unknown("section", values, sections)
         parsed: dict[str, Any] = {}
         for section, kind in sections.items():
@@ -412,7 +532,7 @@ class Config:
         try:
             values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
             if not isinstance(values, Mapping):
-                raise ValueError("it must hold the sections data, model and train")
+                raise ValueError("it must hold the sections data, model, train and baseline")
             return cls.from_dict(values)
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise ValueError(f"cannot use the configuration {path}: {error}") from error

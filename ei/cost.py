@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ei.config import Config
 from ei.data.sample import Batch
-from ei.models import LateFusion, UniModal, count_trainable
+from ei.models import count_trainable
+from ei.models.output import Classifier
 from mor import MoRLinear
 
 
@@ -22,7 +23,7 @@ def measure_cost(model: nn.Module, config: Config) -> dict[str, Any]:
         ``trained``: parameters by part, and in total (:func:`ei.models.count_trainable`); ``frozen``: the others,
         those that branches share counted once; ``flops``: see :func:`forward_flops`.
     """
-    assert isinstance(model, (UniModal, LateFusion))
+    assert isinstance(model, Classifier)
     frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
     return {"trained": count_trainable(model), "frozen": frozen, "flops": forward_flops(model, config)}
 

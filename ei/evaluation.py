@@ -22,7 +22,7 @@ from ei.data.loaders import evaluation_loader
 from ei.data.manifest import Manifest, Row, read_manifest
 from ei.exports import csv_bytes
 from ei.external import EXTERNAL, read_external
-from ei.models import UniModal
+from ei.models import Encoder
 from ei.predictions import Predictions, errors_file, labels_of, measure, stored_logits, summarised
 from ei.processes import Processes
 from ei.progress import track
@@ -301,7 +301,7 @@ def recorded_gates(model: nn.Module) -> Iterator[Mapping[str, GateRecord]]:
     """
     roles: dict[tuple[nn.Module, str], list[str]] = {}
     for name, branch in model.named_modules():
-        if isinstance(branch, UniModal) and _has_router(branch):
+        if isinstance(branch, Encoder) and _has_router(branch):
             roles.setdefault((branch.backbone.vit, branch.modality), []).append(name.split(".")[0] or "unimodal")
     with ExitStack() as stack:
         yield {

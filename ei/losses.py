@@ -68,6 +68,7 @@ def loss_terms(
         gate       mean -log w_{m*}
         total      fused + modality + aux_weight * auxiliary + gate_weight * gate
 
+    Penalties of the output are terms of their own name: their means over the samples, with the weights they have.
     A part that the output does not have gives no term. With a single modality the answer is that
     modality's, so there is a 'modality' term and no 'fused' one: nothing counts twice. For float labels CE is
     the binary cross-entropy with logits. Arithmetic is in fp32 or wider, whatever the logits are.
@@ -108,6 +109,7 @@ def loss_terms(
             raise ValueError(f"gate_prior must be one of {', '.join(output.modality_logits)}, got '{gate_prior}'")
         column = list(output.modality_logits).index(gate_prior)
         terms["gate"] = gate_loss(output.modality_weights[:, column], of[gate_prior])
+    terms |= {name: _mean(_at_least_fp32(values), shares.whole) for name, values in output.penalties.items()}
     weights = {"auxiliary": aux_weight, "gate": gate_weight}
     return terms | {"total": _summed(weights.get(name, 1.0) * term for name, term in terms.items())}
 

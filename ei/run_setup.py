@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ei.config import Config
+from ei.config import TWO_STAGES, Config
 from ei.data.listed import counted
 from ei.data.manifest import SPLITS, Manifest
 from ei.progress import say
@@ -24,7 +24,7 @@ MAY_CHANGE = {"data": {"cache"}, "train": {"device", "workers", "save_minutes", 
 
 
 def resolved(config: Config, manifest: Manifest) -> Config:
-    """The configuration as it is saved: classes in their order, files by absolute paths."""
+    """The configuration as it is saved: classes in their order, files by absolute paths, only stages that there are."""
     prior = config.train.gate_prior
     if prior and prior not in manifest.modalities:
         raise ValueError(f"gate_prior must be one of {', '.join(manifest.modalities)}, got '{prior}'")
@@ -45,6 +45,9 @@ def resolved(config: Config, manifest: Manifest) -> Config:
         config.model, weights=_absolute(config.model.weights), aux_weights=_absolute(config.model.aux_weights)
     )
     train = replace(config.train, stage1_from=_absolute(config.train.stage1_from))
+    if config.model.fusion not in TWO_STAGES and train.stages != "2":
+        say(f"note: fusion '{config.model.fusion}' has no first stage, so stages is '2'")
+        train = replace(train, stages="2")
     return replace(config, data=data, model=model, train=train)
 
 
@@ -116,11 +119,13 @@ def resumes(folder: RunFolder, config: Config) -> bool:
             raise ValueError(f"{folder.path} is neither a run nor an empty folder; choose another with --out")
         return False
     begun = Config.load(folder.config).to_dict()
+    # The contrastive loss of a joint embedding is among the samples that are taken through the model at once.
+    may_change = MAY_CHANGE["train"] - ({"micro_batch"} if config.model.fusion == "joint" else set())
     different = [
         f"{section} {name} (was {begun[section][name]}, is {value})"
         for section, values in config.to_dict().items()
         for name, value in values.items()
-        if value != begun[section][name] and name not in MAY_CHANGE.get(section, ())
+        if value != begun[section][name] and not (section == "train" and name in may_change)
     ]
     if different:
         raise ValueError(

@@ -27,7 +27,7 @@ from ei.checkpoint import (
     write_checkpoint,
 )
 from ei.compilation import compile_backbones, require_compiler
-from ei.config import Config, DataConfig
+from ei.config import GATED, Config, DataConfig
 from ei.data.balance import inverse_frequencies
 from ei.data.loaders import TrainingSteps, samples_at_once
 from ei.data.manifest import Manifest, Row, read_manifest
@@ -146,6 +146,8 @@ class Stages:
                 where, there = folder.stage1(modality, auxiliary=True), taken.get((modality, True))
                 auxiliary[modality], _ = self.auxiliary.first(modality, where, there)
         prior = settings.gate_prior or (max(scores, key=scores.__getitem__) if scores else "")
+        if self.config.model.fusion not in GATED:
+            prior = ""
         if prior:
             say(f"gate prior: {prior}" + "".join(f"  {name} {score:.3f}" for name, score in scores.items()))
         self.second(stage1, auxiliary or None, folder.stage2, prior)

@@ -1,19 +1,22 @@
 """The classifiers, and how a configuration becomes one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import get_args
 
-from ei.config import Config, ModelConfig
+from ei.config import Config, Fusion
 from ei.models.backbone import Backbone, adapted, load_backbone
 from ei.models.early_intervention import EarlyIntervention
 from ei.models.fusion import LateFusion
-from ei.models.output import Output
+from ei.models.output import Classifier, Output
 from ei.models.parameters import count_trainable
-from ei.models.unimodal import UniModal
+from ei.models.unimodal import Encoder, UniModal
 
 __all__ = [
     "MODELS",
     "Backbone",
+    "Classifier",
     "EarlyIntervention",
+    "Encoder",
     "LateFusion",
     "Output",
     "UniModal",
@@ -30,11 +33,11 @@ def build_model(
     modality: str | None = None,
     trunk: Backbone | None = None,
     aux_trunk: Backbone | None = None,
-) -> UniModal | LateFusion:
+) -> Classifier:
     """The model of a configuration: of one modality alone, or of all of them with ``config.model.fusion``.
 
     Args:
-        config: Its data and model sections are used.
+        config: Its data, model and baseline sections are used.
         num_classes: C.
         modality: Build the :class:`UniModal` of this modality, as the first stage trains it.
         trunk: The backbone, if it is loaded already (:func:`load_backbone`); models built from the same one
@@ -62,33 +65,45 @@ def build_model(
         aux_trunk = trunk
     elif aux_trunk is None:
         aux_trunk = load_backbone(auxiliary, config.data.image_size)
-    return MODELS[config.model.fusion](config.model, modalities, trunk, aux_trunk, num_classes)
+    return MODELS[config.model.fusion](config, modalities, trunk, aux_trunk, num_classes)
 
 
 def _early_intervention(
-    config: ModelConfig, modalities: tuple[str, ...], trunk: Backbone, aux_trunk: Backbone, num_classes: int
+    config: Config, modalities: Sequence[str], trunk: Backbone, aux_trunk: Backbone, num_classes: int
 ) -> EarlyIntervention:
-    primary = {modality: adapted(trunk, config) for modality in modalities}
-    own = {} if config.share_adapters else {modality: adapted(aux_trunk, config) for modality in modalities}
+    settings = config.model
+    primary = {modality: adapted(trunk, settings) for modality in modalities}
+    own = {} if settings.share_adapters else {modality: adapted(aux_trunk, settings) for modality in modalities}
     return EarlyIntervention(
         primary,
         auxiliary=own or primary,
         num_classes=num_classes,
-        int_hidden=config.int_hidden,
-        int_from=config.int_from,
-        int_at=config.int_at,
-        detach_fusion=config.detach_fusion,
+        int_hidden=settings.int_hidden,
+        int_from=settings.int_from,
+        int_at=settings.int_at,
+        detach_fusion=settings.detach_fusion,
     )
 
 
 def _late_fusion(
-    config: ModelConfig, modalities: tuple[str, ...], trunk: Backbone, aux_trunk: Backbone, num_classes: int
+    config: Config, modalities: Sequence[str], trunk: Backbone, aux_trunk: Backbone, num_classes: int
 ) -> LateFusion:
-    primary = {modality: adapted(trunk, config) for modality in modalities}
-    return LateFusion(primary, num_classes, detach_fusion=config.detach_fusion)
+    primary = {modality: adapted(trunk, config.model) for modality in modalities}
+    return LateFusion(primary, num_classes, detach_fusion=config.model.detach_fusion)
 
 
-MODELS: dict[str, Callable[[ModelConfig, tuple[str, ...], Backbone, Backbone, int], LateFusion]] = {
+def _baseline(
+    config: Config, modalities: Sequence[str], trunk: Backbone, aux_trunk: Backbone, num_classes: int
+) -> Classifier:
+    # Here, because baselines are made of what is in this package.
+    from ei.baselines import BASELINES
+
+    build = BASELINES[config.model.fusion]
+    return build(modalities, lambda: adapted(trunk, config.model), num_classes, config.baseline)
+
+
+MODELS: dict[str, Callable[[Config, Sequence[str], Backbone, Backbone, int], Classifier]] = {
+    **dict.fromkeys(get_args(Fusion), _baseline),
     "ei": _early_intervention,
     "late": _late_fusion,
 }

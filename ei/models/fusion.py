@@ -4,7 +4,7 @@ Shapes: B batch, M modalities, D width, C classes.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import mor
 from ei.data.sample import Batch
 from ei.models.backbone import Backbone
-from ei.models.output import Output
+from ei.models.output import Classifier, Output
 from ei.models.unimodal import UniModal
 from ei.models.weights import misfit
 
@@ -62,7 +62,7 @@ class ModalityFusion(nn.Module):
         return f"detach={self.detach}"
 
 
-class LateFusion(nn.Module):
+class LateFusion(Classifier):
     """A ViT and a head per modality, and their predictions fused: Early Intervention without intervention.
 
     A sample may lack modalities, though not all: they have a summary of zeros and the weight 0.
@@ -71,18 +71,25 @@ class LateFusion(nn.Module):
         primary: Backbone of each modality, in the order in which weights are given out.
         num_classes: C.
         detach_fusion: See :class:`ModalityFusion`.
+        fusion: Something else in place of that, called with the same.
 
     Raises:
         ValueError: there are fewer than two modalities.
     """
 
-    def __init__(self, primary: Mapping[str, Backbone], num_classes: int, *, detach_fusion: bool = True) -> None:
+    def __init__(
+        self,
+        primary: Mapping[str, Backbone],
+        num_classes: int,
+        *,
+        detach_fusion: bool = True,
+        fusion: nn.Module | None = None,
+    ) -> None:
         super().__init__()
-        self.modalities = tuple(primary)
-        if len(self.modalities) < 2:
-            raise ValueError(f"modalities must be at least two to be fused, got {list(self.modalities)}")
+        self.modalities = at_least_two(primary)
         self.primary = branches(primary, num_classes)
-        self.fusion = ModalityFusion([backbone.width for backbone in primary.values()], detach=detach_fusion)
+        widths = [backbone.width for backbone in primary.values()]
+        self.fusion = fusion or ModalityFusion(widths, detach=detach_fusion)
 
     def forward(self, batch: Batch) -> Output:
         has = batch.has_each(self.modalities)
@@ -111,7 +118,6 @@ class LateFusion(nn.Module):
                         parameter.copy_(sources[role][modality][name])
 
     def parts(self) -> dict[str, list[nn.Module]]:
-        """The readable parts that parameters are counted by."""
         primary = [self._primary(modality) for modality in self.modalities]
         return {
             "primary ViTs": [branch.backbone for branch in primary],
@@ -159,6 +165,14 @@ def branch_of(modules: nn.ModuleDict, modality: str) -> UniModal:
     branch = modules[module_key(modality)]
     assert isinstance(branch, UniModal)
     return branch
+
+
+def at_least_two(modalities: Iterable[str]) -> tuple[str, ...]:
+    """Those modalities; a ValueError if there is nothing to fuse."""
+    names = tuple(modalities)
+    if len(names) < 2:
+        raise ValueError(f"modalities must be at least two to be fused, got {list(names)}")
+    return names
 
 
 def module_key(modality: str) -> str:

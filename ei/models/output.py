@@ -1,8 +1,10 @@
-"""What every model of this package returns. B batch, C classes, M modalities."""
+"""What every model of this package is, and what it returns. B batch, C classes, M modalities."""
 
 from dataclasses import dataclass, field
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from ei.data.sample import Batch
 
 
 @dataclass(frozen=True)
@@ -16,3 +18,15 @@ class Output:
     modality_logits: dict[str, Tensor] = field(default_factory=dict)  # modality -> (B, C)
     aux_logits: dict[str, Tensor] = field(default_factory=dict)  # modality -> (B, C)
     modality_weights: Tensor | None = None  # (B, M), columns in the order of the configuration
+    penalties: dict[str, Tensor] = field(default_factory=dict)  # name of a term of the loss -> (B,), weighted
+
+
+class Classifier(nn.Module):
+    """Any model here: called with a :class:`Batch`, it returns an :class:`Output`."""
+
+    def forward(self, batch: Batch) -> Output:
+        raise NotImplementedError
+
+    def parts(self) -> dict[str, list[nn.Module]]:
+        """The readable parts that parameters are counted by."""
+        raise NotImplementedError

@@ -2,7 +2,7 @@
 
 What its libraries have in common; :mod:`ei.models.vit_timm` and :mod:`ei.models.vit_open_clip` hold the rest.
 
-Shapes: N images, T tokens of an image, n intervention tokens, D width; images are (N, 3, H, W).
+Shapes: N images, T tokens of an image, of which P are patches, n intervention tokens, D width; images are (N, 3, H, W).
 """
 
 import copy
@@ -67,6 +67,8 @@ class Backbone(nn.Module):
         *,
         tokens_at: int = 0,
         read_from: int | Sequence[int] = 0,
+        added: Sequence[Tensor] = (),
+        whole: bool = False,
     ) -> Tensor | list[Tensor]:
         """The CLS token after block ``read_from``, after the final norm.
 
@@ -78,9 +80,12 @@ class Backbone(nn.Module):
             tokens_at: Block before which they join, from 0.
             read_from: Block after which the CLS token is read, from 1; 0 means the last. Of several blocks, it is
                 read in one pass. Blocks after the last of them do not run.
+            added: For the first block, the second and so on, what is added to the patch tokens before it,
+                (N, P, D) or broadcast to that.
+            whole: Read all tokens, not the CLS token alone; the last P are the patches.
 
         Returns:
-            (N, D); one for each of several blocks.
+            (N, D), or with ``whole`` (N, T, D); one for each of several blocks.
 
         Raises:
             ValueError: an argument does not fit the backbone, or ``tokens`` would join too late to be seen.
@@ -104,12 +109,40 @@ class Backbone(nn.Module):
                 if token_mask is not None:
                     seen = self._insert(torch.ones_like(x[..., 0], dtype=torch.bool), token_mask)
                 x = self._insert(x, tokens)
+            if index < len(added):
+                x = torch.cat([x[:, : -self.patches], x[:, -self.patches :] + added[index]], dim=1)
             x = self._through(index, x, seen)
             if self.side is not None:
                 change = self.side(index, x, change)
             if index + 1 in reads:
-                found[index + 1] = self._final_norm(x[:, 0] if change is None else x[:, 0] + change[:, 0])
+                y = x if change is None else x + change
+                found[index + 1] = self._final_norm(y if whole else y[:, 0])
         return found[reads[0]] if isinstance(read_from, int) else [found[read] for read in reads]
+
+    def features(self, images: Tensor, added: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor]:
+        """The CLS token (N, D) and the patch map (N, P, D), row by row, both after the final norm.
+
+        >>> from ei.models.vit_timm import load_tiny
+        >>> [tuple(part.shape) for part in load_tiny(image_size=32).features(torch.zeros(2, 3, 32, 32))]
+        [(2, 64), (2, 16, 64)]
+        """
+        x = self(images, added=added, whole=True)
+        return x[:, 0], x[:, -self.patches :]
+
+    def patch_tokens(self, images: Tensor) -> Tensor:
+        """(N, P, D): the patches as the first block gets them, with their positions."""
+        self._check_images(images)
+        return self._embed(self._pad(images))[:, -self.patches :]
+
+    @property
+    def grid(self) -> int:
+        """Patches along a side of the image."""
+        return padded(self.image_size, self.patch_size) // self.patch_size
+
+    @property
+    def patches(self) -> int:
+        """P."""
+        return self.grid**2
 
     def check_positions(self, *, tokens_at: int = 0, read_from: int = 0) -> None:
         """Raise a ValueError if the backbone has no such block."""

@@ -1,7 +1,9 @@
+from typing import get_args
+
 import pytest
 import yaml
 
-from ei.config import SHIPPED, Config, DataConfig, ModelConfig, TrainConfig, find_config
+from ei.config import SHIPPED, BaselineConfig, Config, DataConfig, Fusion, ModelConfig, TrainConfig, find_config
 from ei.data import derm7pt, mmc_amd, mrnet
 
 
@@ -87,6 +89,20 @@ def test_a_file_comes_before_a_shipped_name(tmp_path, monkeypatch):
         ({"model": {"adapter": "frozen", "share_adapters": True}}, "with adapter 'frozen', share_adapters would"),
         ({"model": {"aux_weights": "a.pth"}}, "with no aux_backbone, aux_weights would change nothing"),
         ({"model": {"aux_backbone": "tiny", "share_adapters": True}}, "share_adapters must be off with aux_backbone"),
+        ({"model": {"fusion": "coscat", "int_at": 1}}, "with fusion 'coscat', int_at would change nothing"),
+        ({"model": {"fusion": "joint", "detach_fusion": False}}, "with fusion 'joint', detach_fusion would"),
+        ({"model": {"fusion": "cross"}, "train": {"gate_weight": 0}}, "with fusion 'cross', gate_weight would"),
+        ({"model": {"fusion": "late-max"}, "train": {"gate_prior": "a"}}, "with fusion 'late-max', gate_prior would"),
+        ({"model": {"fusion": "early"}, "train": {"stage1_from": "a"}}, "with fusion 'early', stage1_from would"),
+        ({"baseline": {"mil_heads": 4}}, "with fusion 'ei', mil_heads would change nothing"),
+        (
+            {"model": {"fusion": "mm-mil"}, "baseline": {"mil_heads": 4, "cross_heads": 4, "dynmm_hard": True}},
+            "with fusion 'mm-mil', dynmm_hard and cross_heads would|cross_heads and dynmm_hard would",
+        ),
+        (
+            {"model": {"fusion": "mmrad"}, "baseline": {"mmrad_prompts": False, "mmrad_prompt_width": 8}},
+            "with mmrad_prompts off, mmrad_prompt_width would change nothing",
+        ),
         ({"train": {"optimizer": "adamw", "momentum": 0.9}}, "with optimizer 'adamw', momentum would change nothing"),
         ({"train": {"gate_weight": 0, "gate_prior": "oct"}}, "with gate_weight 0, gate_prior would change nothing"),
         ({"train": {"gate_weight": 0.2, "stages": "2"}}, "with stages '2' and no gate_prior, gate_weight would"),
@@ -102,6 +118,8 @@ def test_settings_that_would_change_nothing_are_refused(tmp_path, settings, mess
     "settings",
     [
         {"model": {"fusion": "late"}},
+        {"model": {"fusion": "late-learned"}, "train": {"stage1_from": "a"}, "baseline": {"learned_hidden": 8}},
+        {"model": {"fusion": "mm-mil"}, "baseline": {"mil_heads": 4, "mil_hidden": 512}},
         {"model": {"adapter": "lora", "bypass": False}},
         {"model": {"adapter": "full", "share_adapters": True}},
         {"train": {"gate_weight": 0, "stages": "2"}},
@@ -111,6 +129,21 @@ def test_settings_that_would_change_nothing_are_refused(tmp_path, settings, mess
 )
 def test_what_is_not_idle_is_allowed(settings):
     Config.from_dict(settings)
+
+
+def test_every_setting_of_a_baseline_is_of_one_fusion():
+    owners = {
+        item: [name for name in get_args(Fusion) if item in BaselineConfig.of(name)] for item in vars(BaselineConfig())
+    }
+    assert all(len(names) == 1 for names in owners.values())
+
+
+def test_runs_that_know_no_baselines_can_be_loaded(tmp_path):
+    config = Config(train=TrainConfig(epochs=3))
+    values = config.to_dict()
+    del values["baseline"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    assert Config.load(tmp_path / "config.yaml") == config
 
 
 def test_every_field_is_one_flag():
@@ -136,7 +169,7 @@ def test_yaml_spellings_of_numbers_and_lists(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("training: {}", "unknown section: training; known are data, model, train"),
+        ("training: {}", "unknown section: training; known are data, model, train, baseline"),
         ("train: {epoch: 3}", "unknown field of section 'train': epoch; known are optimizer,"),
         ("train: {epochs: many}", "epochs must be an integer, got 'many'"),
         ("train: {epochs: 2.5}", "epochs must be an integer, got 2.5"),
@@ -178,7 +211,12 @@ def test_a_missing_file_is_named(tmp_path):
         (DataConfig, {"crop": 0.5}, "crop must be"),
         (DataConfig, {"modality_dropout": 1.0}, "modality_dropout must be at least 0 and less than 1, got 1.0"),
         (DataConfig, {"modalities": ("a", "b", "a+b"), "allow_missing": True}, r"told apart when joined by '\+', got"),
-        (ModelConfig, {"fusion": "early"}, "fusion must be 'ei' or 'late', got 'early'"),
+        (ModelConfig, {"fusion": "mid"}, "fusion must be one of ei, late, mm-mil, .*, got 'mid'"),
+        (BaselineConfig, {"mil_heads": 0}, "mil_heads must be at least 1, got 0"),
+        (BaselineConfig, {"sfusion_dropout": 1}, "sfusion_dropout must be at least 0 and below 1, got 1"),
+        (BaselineConfig, {"dynmm_cost": -0.1}, "dynmm_cost must be at least 0, got -0.1"),
+        (BaselineConfig, {"joint_temperature": 0}, "joint_temperature must be positive, got 0"),
+        (BaselineConfig, {"early_hidden": (8, 0)}, r"early_hidden must be positive, got \(8, 0\)"),
         (ModelConfig, {"int_at": -1}, "int_at must be at least 0"),
         (TrainConfig, {"lr": 0}, "lr must be positive"),
         (TrainConfig, {"lr": 1e-6}, "lr_low must be positive and at most lr"),
@@ -211,4 +249,4 @@ def test_models_know_missing_modalities_from_the_table_or_from_dropout():
 
 def test_saved_files_are_plain_yaml(tmp_path):
     Config().save(tmp_path / "c.yaml")
-    assert list(yaml.safe_load((tmp_path / "c.yaml").read_text())) == ["data", "model", "train"]
+    assert list(yaml.safe_load((tmp_path / "c.yaml").read_text())) == ["data", "model", "train", "baseline"]

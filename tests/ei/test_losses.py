@@ -145,6 +145,27 @@ def test_what_is_missing_has_no_part(output: Output) -> None:
     torch.testing.assert_close(terms["fused"], F.cross_entropy(output.logits, labels))
 
 
+def test_penalties_are_means_over_the_samples_of_a_step() -> None:
+    """Under names of their own, and with the weights that they have."""
+    values, labels = torch.tensor([1.0, 2.0, 6.0, 0.5, 0.5]), torch.zeros(5, dtype=torch.int64)
+    marks = [True] * 5
+    cuts = [slice(0, 2), slice(2, 5), slice(0, 1)]
+    batches = [batch_of({"a": marks[rows]}, counts=number < 2) for number, rows in enumerate(cuts)]
+    each = [
+        loss_terms(
+            Output(torch.zeros(5, 3)[rows], penalties={"cost": values[rows]}),
+            labels[rows],
+            shares=share,
+            gate_prior=None,
+            **WEIGHTS,
+        )
+        for rows, share in zip(cuts, shares(batches), strict=True)
+    ]
+    assert list(each[0]) == ["fused", "cost", "total"]
+    assert float(sum(terms["cost"] for terms in each)) == pytest.approx(2.0)
+    assert float(sum(terms["total"] for terms in each)) == pytest.approx(2.0 + math.log(3))
+
+
 def test_a_modality_that_nobody_has_costs_nothing(output: Output) -> None:
     has = {"a": [True] * 5, "b": [False] * 5}
     share = shares([batch_of(has)])[0]

@@ -11,11 +11,11 @@ from torch import nn
 
 from ei.checkpoint import read_checkpoint
 from ei.config import Config, ModelConfig, TrainConfig
-from ei.data.manifest import ManifestError
+from ei.data.manifest import ManifestError, read_manifest
 from ei.evaluation import evaluate
 from ei.models import load_backbone
 from ei.optimisation import TrainingError, cyclic_learning_rate, make_optimizer
-from ei.runs import load, load_trunk
+from ei.runs import load, load_trunk, stage1_checkpoint
 from ei.runtime import fingerprint
 from ei.snapshots import Snapshot, newest_snapshot
 from ei.training import train
@@ -296,7 +296,8 @@ def test_the_image_cache_changes_nothing_and_serves_other_runs(manifest, tmp_pat
 def test_a_first_stage_is_taken_over_whatever_the_cache(finished):
     config = Config.load(finished / "config.yaml")
     cached = replace(config, data=replace(config.data, cache="elsewhere"))
-    assert stage1_checkpoint(finished, "oct", cached, fingerprint(load_trunk(config))).parameters
+    table = read_manifest(config.data.manifest, config.data, classes=config.data.classes)
+    assert stage1_checkpoint(finished, "oct", cached, table, fingerprint(load_trunk(config))).parameters
 
 
 def test_a_run_in_bf16_notes_the_frozen_weights_as_they_were(manifest, tmp_path, study_config):

@@ -1,17 +1,20 @@
 """From a configuration to a model."""
 
+from typing import get_args
+
 import pytest
 
-from ei.config import ModelConfig
+from ei.config import TWO_STAGES, Fusion, ModelConfig
 from ei.models import MODELS, EarlyIntervention, LateFusion, UniModal, build_model
 from ei.models import backbone as backbone_module
 
 
 def test_every_way_of_fusing_has_a_model(make_config) -> None:
-    assert {name: type(build_model(make_config(fusion=name), 2)) for name in MODELS} == {
-        "ei": EarlyIntervention,
-        "late": LateFusion,
-    }
+    kinds = {name: type(build_model(make_config(fusion=name), 2)) for name in MODELS}
+    assert list(kinds) == list(get_args(Fusion))
+    two_stages = {name for name, kind in kinds.items() if issubclass(kind, LateFusion)}
+    assert two_stages == set(TWO_STAGES)
+    assert (kinds["ei"], kinds["late"]) == (EarlyIntervention, LateFusion)
     assert type(build_model(make_config(), 2, modality="oct")) is UniModal
 
 
@@ -66,5 +69,5 @@ def test_bad_arguments(make_config) -> None:
 
 
 def test_configuration_allows_no_other_way_of_fusing() -> None:
-    with pytest.raises(ValueError, match="fusion must be 'ei' or 'late'"):
+    with pytest.raises(ValueError, match="fusion must be one of ei, late, mm-mil, .*, got 'other'"):
         ModelConfig(fusion="other")

@@ -1,0 +1,45 @@
+"""A transformer over a modality's images, and one over the modalities."""
+
+import pytest
+import torch
+
+from ei.baselines.raddiag import SetTransformer
+
+
+def test_a_set_has_no_order_and_a_sequence_has() -> None:
+    items, there = torch.randn(2, 4, 8), torch.tensor([[True] * 4, [True, True, False, True]])
+    order = torch.tensor([2, 0, 3, 1])
+    for positions in (0, 4):
+        transformer = SetTransformer(8, layers=2, heads=2, positions=positions)
+        one, other = transformer(items, there), transformer(items[:, order], there[:, order])
+        assert torch.allclose(one, other, atol=1e-5) == (positions == 0)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_what_is_not_there_is_not_seen(training: bool) -> None:
+    transformer = SetTransformer(8, layers=1, heads=1, positions=4).train(training)
+    items, there = torch.randn(2, 3, 8), torch.tensor([[True, True, False], [False, False, False]])
+    with torch.set_grad_enabled(training):
+        found = transformer(items, there)
+        torch.testing.assert_close(found[:1], transformer(items[:1, :2], there[:1, :2]))
+        torch.testing.assert_close(found[1:], transformer(items[1:, :0], there[1:, :0]))
+
+
+def test_images_and_modalities_beyond_the_tables(build, make_batch) -> None:
+    with pytest.raises(
+        ValueError, match="raddiag_slices must be at least the number of images of a modality, 3, got 2"
+    ):
+        build("raddiag", raddiag_slices=2)(make_batch(cfp=(3,), oct=(1,)))
+    with pytest.raises(ValueError, match="raddiag_table must have a row for each of 2 modalities, got 1"):
+        build("raddiag", raddiag_table=1)
+
+
+def test_modalities_are_told_apart(build, make_batch) -> None:
+    model = build("raddiag").eval()
+    model.encoders["modality_oct"].backbone = model.encoders["modality_cfp"].backbone
+    batch = make_batch(cfp=(1,), oct=(1,))
+    swapped = type(batch)(images={"cfp": batch.images["oct"], "oct": batch.images["cfp"]}, present=batch.present)
+    assert not torch.allclose(model(batch).logits, model(swapped).logits, atol=1e-4)
+    with torch.no_grad():
+        model.embeddings.weight.zero_()
+    torch.testing.assert_close(model(batch).logits, model(swapped).logits)
