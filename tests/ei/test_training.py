@@ -15,7 +15,7 @@ from ei.data.manifest import ManifestError
 from ei.evaluation import evaluate
 from ei.models import load_backbone
 from ei.optimisation import TrainingError, cyclic_learning_rate, make_optimizer
-from ei.runs import load, load_trunk
+from ei.runs import load, load_trunk, stage1_checkpoint
 from ei.runtime import fingerprint
 from ei.snapshots import Snapshot, newest_snapshot
 from ei.training import train
