@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -193,8 +193,9 @@ def _cache_home() -> Path:
 
 
 def _checksum(content: str) -> str:
-    # With the version in it, what an older reader found is not trusted.
-    return hashlib.sha256(f"{_VERSION}\n{content}".encode()).hexdigest()
+    # With version and fields in it, what an older reader found is not trusted.
+    known = ", ".join(field.name for field in fields(Facts))
+    return hashlib.sha256(f"{_VERSION}, {known}\n{content}".encode()).hexdigest()
 
 
 @lru_cache(maxsize=_HASHES_KEPT)

@@ -36,6 +36,12 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports take two seconds each."""
+    monkeypatch.setattr("ei.evaluation.write_report", lambda folder: None)
+
+
 def test_figures_files_and_report(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table, out = write_external(run.parent / "study"), tmp_path / "deep/external"
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
@@ -63,6 +69,7 @@ def test_figures_files_and_report(run: Path, tmp_path: Path, capsys: pytest.Capt
     assert (out / "metrics.json").read_bytes() == again
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_split_column_is_not_looked_at(run: Path, tmp_path: Path) -> None:
     table = write_external(run.parent / "study")
     lines = table.read_text().splitlines()
@@ -71,6 +78,7 @@ def test_a_split_column_is_not_looked_at(run: Path, tmp_path: Path) -> None:
     assert evaluate(run, table, tmp_path / "out")["splits"]["external"]["fused"]["samples"] == 10
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_temperatures_are_those_of_the_run(run: Path, tmp_path: Path) -> None:
     config = Config.load(run / "config.yaml")
     replace(config, train=replace(config.train, temperature=True)).save(run / "config.yaml")
@@ -99,6 +107,7 @@ def test_rows_that_the_run_has_seen_are_refused(run: Path, tmp_path: Path, case:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_test_rows_of_the_run_were_not_seen(run: Path, tmp_path: Path) -> None:
     table = write_external(run.parent / "study", "x,test0,dark,test0_cfp.png,test0_oct.png")
     assert evaluate(run, table, tmp_path / "out")["splits"]["external"]["fused"]["samples"] == 11
@@ -115,6 +124,7 @@ def _change(study: Path) -> None:
 @pytest.mark.fault(
     "an external table, and the run's own is gone or changed", "said: what the run has seen is not known"
 )
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(("spoil", "told"), [(_lose, "is gone or has faults, so"), (_change, "is not what it was, so")])
 def test_what_the_run_has_seen_may_not_be_known(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], spoil: Callable[[Path], None], told: str

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +205,19 @@ def test_a_damaged_memory_is_forgotten(tmp_path: Path, image: Path, damage: str)
 def test_what_another_version_found_is_forgotten(tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     remembered(tmp_path, image)
     monkeypatch.setattr("ei.data.audit._VERSION", "2")
+    assert remembered(tmp_path, image)[1] == 1
+
+
+def test_what_a_version_with_fewer_facts_found_is_forgotten(
+    tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = [field for field in fields(Facts) if field.name != "appearance"]
+    with monkeypatch.context() as patched:
+        patched.setattr("ei.data.audit.fields", lambda kind: known)
+        patched.setattr(
+            "ei.data.audit.asdict", lambda facts: {field.name: getattr(facts, field.name) for field in known}
+        )
+        remembered(tmp_path, image)
     assert remembered(tmp_path, image)[1] == 1
 
 
