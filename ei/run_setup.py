@@ -120,12 +120,12 @@ def resumes(folder: RunFolder, config: Config) -> bool:
         return False
     begun = Config.load(folder.config).to_dict()
     # The contrastive loss of a joint embedding is among the samples that are taken through the model at once.
-    may_change = MAY_CHANGE["train"] - ({"micro_batch"} if config.model.fusion == "joint" else set())
+    fixed = {"micro_batch"} if config.model.fusion == "joint" else set()
     different = [
         f"{section} {name} (was {begun[section][name]}, is {value})"
         for section, values in config.to_dict().items()
         for name, value in values.items()
-        if value != begun[section][name] and not (section == "train" and name in may_change)
+        if value != begun[section][name] and (name in fixed or name not in MAY_CHANGE.get(section, ()))
     ]
     if different:
         raise ValueError(
