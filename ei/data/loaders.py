@@ -7,12 +7,13 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from ei.config import Config, TrainConfig
-from ei.data.dataset import ManifestDataset, StepSampler
+from ei.data.dataset import Draw, ManifestDataset, StepSampler
+from ei.data.images import ImageError
 from ei.data.manifest import Row
-from ei.data.sample import Batch, collate
+from ei.data.sample import Batch, Sample, collate
 
 
 class TrainingSteps:
@@ -73,13 +74,46 @@ def _loader(rows: Sequence[Row], config: Config, *, train: bool, **batches: Any)
         seed=config.train.seed,
     )
     workers = config.train.workers
-    loader: DataLoader[Any] = DataLoader(
-        dataset,
-        collate_fn=collate,
+    return _Loader(
+        _Telling(dataset),
+        collate_fn=_collated,
         num_workers=workers,
         persistent_workers=workers > 0,
         # Of its own, or each pass would move the generator that dropout draws from.
         generator=torch.Generator(),
         **batches,
     )
-    return loader
+
+
+class _Telling(Dataset[Sample | ImageError]):
+    """Gives an error back where another data set raises it: from another process it would come as a traceback."""
+
+    def __init__(self, dataset: ManifestDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, draw: Draw | int) -> Sample | ImageError:
+        try:
+            return self.dataset[draw]
+        except ImageError as error:
+            return error
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+
+def _collated(samples: Sequence[Sample | ImageError]) -> Batch | ImageError:
+    """A batch, or the first error."""
+    for sample in samples:
+        if isinstance(sample, ImageError):
+            return sample
+    return collate([sample for sample in samples if isinstance(sample, Sample)])
+
+
+class _Loader(DataLoader[Any]):
+    """Raises the errors that it is given."""
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        for batch in super().__iter__():
+            if isinstance(batch, ImageError):
+                raise batch
+            yield batch
