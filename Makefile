@@ -30,7 +30,7 @@ zoo: $(VENV)/.installed
 
 # Everything that breaks something on purpose, with a hundred kills; about half an hour.
 faults: $(VENV)/.installed
-	EI_KILLS=100 $(BIN)/python -m pytest -m fault --fault-table docs/faults.md
+	EI_KILLS=100 $(BIN)/python -m pytest -m fault --fault-table=docs/faults.md
 
 # Every shipped tile, compiled for five chips; needs no GPU and takes some minutes.
 kernels-aot: $(VENV)/.installed
