@@ -325,6 +325,7 @@ def test_a_cache_that_cannot_be_written(
 
 
 def _read_all(folder: Path, cache: Path) -> None:
+    torch.set_num_threads(1)  # as loading processes do: a pool of threads does not survive a fork
     rows = rows_of_written(folder)
     assert_same(images(rows, cache, TRAINED), images(rows, None, TRAINED))
 
