@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from mor_kernels.branch import branch
 from mor_kernels.dy_side import dy_side
@@ -44,7 +44,7 @@ def _on(device: torch.device) -> AbstractContextManager:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-@torch.library.custom_op("mor_kernels::linear_forward", mutates_args=())
+@library.custom_op("mor_kernels::linear_forward", mutates_args=())
 def linear_forward(
     x: Tensor,
     weight: Tensor,
@@ -77,7 +77,7 @@ def linear_forward(
     return y, h, gates
 
 
-@torch.library.custom_op("mor_kernels::linear_backward", mutates_args=())
+@library.custom_op("mor_kernels::linear_backward", mutates_args=())
 def linear_backward(
     dy: Tensor,
     x: Tensor,

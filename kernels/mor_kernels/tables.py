@@ -9,9 +9,9 @@ A card without a file gets the defaults and the form "branch". Tables are read o
      "tiles": [{"kernel": "branch", "elements": "16-bit", "below_rows": 4096,
                 "rows": 16, "inner": 256, "columns": 256, "warps": 4, "stages": 3}],
      "forms": [{"dtype": "bfloat16", "K": 768, "O": 3072, "below_rows": null,
-                "forward": "tail", "backward": "branch", "library_wins": false}]}
+                "forward": "tail", "backward": "branch", "torch_wins": false}]}
 
-`below_rows` is one of `blocks.ROW_LIMITS`, or null for more rows than the last. "library_wins": true says that torch's
+`below_rows` is one of `blocks.ROW_LIMITS`, or null for more rows than the last. "torch_wins": true says that torch's
 own operators, without a fused form, were faster.
 """
 
@@ -43,7 +43,7 @@ class Forms(NamedTuple):
 
     forward: str = "branch"
     backward: str = "branch"
-    library_wins: bool = False
+    torch_wins: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def prefers_library(device: torch.device, dtype: torch.dtype, K: int, O: int, ro
 @torch.compiler.assume_constant_result
 def _prefers_library(device: torch.device, dtype: torch.dtype, K: int, O: int, bucket: int | None) -> bool:
     forms = table_of(device).forms.get((dtype, K, O, bucket))
-    return forms is not None and forms.library_wins
+    return forms is not None and forms.torch_wins
 
 
 @cache
@@ -217,7 +217,7 @@ def _forms(entry: _Entry) -> tuple[FormKey, Forms]:
     forms = Forms(
         entry.one_of("forward", FUSED_FORMS),
         entry.one_of("backward", FUSED_FORMS),
-        entry.one_of("library_wins", (False, True), default=False),
+        entry.one_of("torch_wins", (False, True), default=False),
     )
     entry.nothing_else()
     return key, forms

@@ -399,13 +399,13 @@ def fastest(microseconds: dict[str, float]) -> Forms:
     """The winner among what `steps` names; a wrong form is not there, and without a right one the library it is.
 
     >>> fastest({"branch branch": 100.0, "tail branch": 90.0, "library": 120.0})
-    Forms(forward='tail', backward='branch', library_wins=False)
+    Forms(forward='tail', backward='branch', torch_wins=False)
     >>> fastest({"branch branch": 100.0, "tail branch": 99.0, "library": 80.0})
-    Forms(forward='branch', backward='branch', library_wins=True)
+    Forms(forward='branch', backward='branch', torch_wins=True)
     """
     fused = {name: t for name, t in microseconds.items() if name != "library"}
     if not fused:
-        return Forms(library_wins=True)
+        return Forms(torch_wins=True)
     best = min(fused, key=lambda name: fused[name])
     safe = "branch branch"
     if safe in fused and fused[safe] <= fused[best] * (1 + NOISE):

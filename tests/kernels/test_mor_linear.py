@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mor_problem import FORMS, NAMES, RANK_SETS, TOLERANCE, Problem, check, error, leaves, loop, run
-from torch import Tensor
+from torch import Tensor, library
 
 import mor_kernels
 from mor_kernels import blocks, matmul_tail, tables
@@ -256,11 +256,11 @@ def test_opcheck(form, ranks, bypass, device):
     tensors = leaves(problem)
     arguments = [tensors[name] for name in ("x", "weight", "bias", *NAMES[1:])]
     settings_ = (list(problem.ranks), list(problem.scaling), problem.bypass, form)
-    torch.library.opcheck(linear_forward, (*arguments, *settings_))
+    library.opcheck(linear_forward, (*arguments, *settings_))
     with torch.no_grad():
         _, h, gates = linear_forward(*arguments, *settings_)
     x, weight, _, *parameters = (None if t is None else t.detach() for t in arguments)
-    torch.library.opcheck(
+    library.opcheck(
         linear_backward,
         (tensors["dy"], x, weight, *parameters, h, gates, *settings_, True, True),
         test_utils=("test_schema", "test_faketensor"),

@@ -20,7 +20,7 @@ TILE = {
 }  # fmt: skip
 FORM = {
     "dtype": "bfloat16", "K": 768, "O": 3072, "below_rows": None,
-    "forward": "tail", "backward": "branch", "library_wins": True,
+    "forward": "tail", "backward": "branch", "torch_wins": True,
 }  # fmt: skip
 
 
@@ -80,7 +80,7 @@ def test_the_sizes_that_matter_fall_into_different_buckets():
 def test_the_users_file_lies_on_top_of_what_ships_and_that_on_the_defaults(card, own, tmp_path):
     shipped = {"gpu": GPU, "tiles": [TILE, TILE | {"kernel": "dy_side"}], "forms": [FORM]}
     (tmp_path / "some-gpu-80gb.json").write_text(json.dumps(shipped))
-    own({"gpu": GPU, "tiles": [TILE | {"rows": 128}], "forms": [FORM | {"below_rows": 8192, "library_wins": False}]})
+    own({"gpu": GPU, "tiles": [TILE | {"rows": 128}], "forms": [FORM | {"below_rows": 8192, "torch_wins": False}]})
     assert tables.choose("branch", fake(1576, 768)) == Blocks(128, 64, 64, 4, 2)
     assert tables.choose("dy_side", fake(1576, 768)) == Blocks(32, 64, 64, 4, 2)
     assert tables.choose("shrink", fake(1576, 768)) == blocks.DEFAULTS["shrink", "few"]
@@ -131,7 +131,7 @@ def test_the_forms_of_the_table_are_those_that_run(monkeypatch):
     for forms, launched in (
         (Forms("tail", "branch"), ["shrink", "matmul_tail"]),
         (Forms("branch", "tail"), ["branch", "matmul_tail"]),
-        (Forms("branch", "branch", library_wins=True), ["branch"]),
+        (Forms("branch", "branch", torch_wins=True), ["branch"]),
     ):
         table = Table(blocks.default_tiles(None), {key: forms})
         monkeypatch.setattr(tables, "table_of", lambda device, table=table: table)
@@ -143,7 +143,7 @@ def test_the_forms_of_the_table_are_those_that_run(monkeypatch):
 
 
 def test_preferring_the_library_is_a_constant_of_each_bucket_to_torch_compile(monkeypatch):
-    table = Table({}, {(torch.float32, 8, 4, 8192): Forms(library_wins=True)})
+    table = Table({}, {(torch.float32, 8, 4, 8192): Forms(torch_wins=True)})
     monkeypatch.setattr(tables, "table_of", lambda device: table)
     graphs = []
 
@@ -185,8 +185,8 @@ def test_preferring_the_library_is_a_constant_of_each_bucket_to_torch_compile(mo
         ({"gpu": GPU, "forms": [FORM | {"forward": "library"}]}, r'forms\[0\].forward must be one of "branch", "tail"'),
         ({"gpu": GPU, "forms": [FORM | {"K": "768"}]}, r"forms\[0\].K must be a positive integer, got '768'"),
         (
-            {"gpu": GPU, "forms": [FORM | {"library_wins": 1}]},
-            r"forms\[0\].library_wins must be one of false, true, got 1",
+            {"gpu": GPU, "forms": [FORM | {"torch_wins": 1}]},
+            r"forms\[0\].torch_wins must be one of false, true, got 1",
         ),
     ],
 )
