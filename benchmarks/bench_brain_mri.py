@@ -22,8 +22,8 @@ import ei
 import mor
 from ei import Config, DataConfig, ModelConfig, TrainConfig, load, train
 from ei.data.manifest import read_manifest
-from ei.evaluation import predict_rows
-from ei.metrics import average_precision
+from ei.evaluation.evaluate import predict_rows
+from ei.metrics.classification import average_precision
 from ei.processes import Processes
 
 RESULTS = Path(__file__).parent / "results"

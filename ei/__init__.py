@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ei.config import Config, DataConfig, ModelConfig, TrainConfig
-    from ei.evaluation import evaluate
+    from ei.evaluation.evaluate import evaluate
+    from ei.evaluation.piecewise import predict
     from ei.models import build_model
-    from ei.piecewise import predict
-    from ei.runs import load
+    from ei.runs.loading import load
     from ei.training import train
 
 # Loaded on first use: the command line must answer before torch could be imported.
@@ -18,9 +18,9 @@ _HOMES = {
     "ModelConfig": "ei.config",
     "TrainConfig": "ei.config",
     "build_model": "ei.models",
-    "evaluate": "ei.evaluation",
-    "load": "ei.runs",
-    "predict": "ei.piecewise",
+    "evaluate": "ei.evaluation.evaluate",
+    "load": "ei.runs.loading",
+    "predict": "ei.evaluation.piecewise",
     "train": "ei.training",
 }
 

@@ -275,13 +275,13 @@ def compare(words: Sequence[str]) -> int:
     if not command.config.data.manifest:
         raise ValueError("compare needs --manifest FILE, or a --config that names one")
     if command.plan:
-        from ei.cells import make_plan
+        from ei.comparison.cells import make_plan
 
         for line in make_plan(command.config, command.methods, seeds=command.seeds, out=command.out).lines():
             print(line)
         return 0
-    from ei.compare import compare
-    from ei.comparison_files import text_lines
+    from ei.comparison.compare import compare
+    from ei.comparison.files import text_lines
 
     table = compare(
         command.config, command.methods, command.out, seeds=command.seeds, share_stage1=command.share_stage1
@@ -293,7 +293,7 @@ def compare(words: Sequence[str]) -> int:
 
 def evaluate(words: Sequence[str]) -> None:
     command = _parse(Evaluate, "evaluate", words)
-    from ei.evaluation import evaluate
+    from ei.evaluation.evaluate import evaluate
 
     evaluate(command.run, command.manifest, command.out)
     _show(command.out or command.run)
@@ -301,14 +301,14 @@ def evaluate(words: Sequence[str]) -> None:
 
 def report(words: Sequence[str]) -> None:
     command = _parse(Report, "report", words)
-    from ei.report import write_report
+    from ei.report.page import write_report
 
     print(f"report: {write_report(command.run, command.against)}")
 
 
 def predict(words: Sequence[str]) -> None:
     command = _parse(Predict, "predict", words)
-    from ei.piecewise import predict
+    from ei.evaluation.piecewise import predict
 
     if predict(command.run, command.manifest, command.out, command.shard):
         print(f"wrote {command.out}")
@@ -339,7 +339,7 @@ def params(words: Sequence[str]) -> None:
 
 
 def _show(folder: Path) -> None:
-    from ei.evaluation import metrics_table
+    from ei.evaluation.evaluate import metrics_table
 
     for line in metrics_table(folder) if is_speaker() else ():
         print(line)

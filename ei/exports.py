@@ -1,9 +1,11 @@
-"""Tables that people open: CSV in which no cell is run as a formula by a spreadsheet."""
+"""Files that people open: CSV in which no cell is run as a formula by a spreadsheet, HTML in which no text is a tag."""
 
 import csv
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 # A quotation mark that is there already counts as part of the cell, so that `plain` gives back what was written.
 _FORMULA = re.compile(r"'*[=+\-@\t\r\n]")
@@ -32,6 +34,21 @@ def plain(cell: str) -> str:
 def csv_bytes(columns: Sequence[str], rows: Iterable[Iterable[object]]) -> bytes:
     """A table in UTF-8 with commas, its header and every cell :func:`escaped`."""
     return "".join(f"{_line(cells)}\n" for cells in (columns, *rows)).encode()
+
+
+def html_page(template: Path, content: Mapping[str, Any]) -> str:
+    """A Jinja template filled with content, of which every text is escaped; a name that is missing is an error."""
+    # Tables are also written where no page is.
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    templates = Environment(
+        loader=FileSystemLoader(template.parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return templates.get_template(template.name).render(content)
 
 
 def _line(cells: Iterable[object]) -> str:

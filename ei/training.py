@@ -17,7 +17,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ei.checkpoint import (
+from ei.compilation import compile_backbones, require_compiler
+from ei.config import GATED, Config, DataConfig
+from ei.data.balance import inverse_frequencies
+from ei.data.loaders import TrainingSteps, samples_at_once
+from ei.data.manifest import Manifest, Row, read_manifest
+from ei.evaluation.evaluate import evaluate, predict_rows
+from ei.interrupts import Interrupted, deferred
+from ei.metrics.classification import summarise
+from ei.models import Backbone, LateFusion, build_model
+from ei.optimisation import Step, cyclic_learning_rate, make_optimizer, set_learning_rate
+from ei.processes import Processes
+from ei.progress import say, track
+from ei.runs.checkpoint import (
     Checkpoint,
     load_optimizer_state,
     optimizer_state,
@@ -26,22 +38,19 @@ from ei.checkpoint import (
     trained_state,
     write_checkpoint,
 )
-from ei.compilation import compile_backbones, require_compiler
-from ei.config import GATED, Config, DataConfig
-from ei.data.balance import inverse_frequencies
-from ei.data.loaders import TrainingSteps, samples_at_once
-from ei.data.manifest import Manifest, Row, read_manifest
-from ei.evaluation import evaluate, predict_rows
-from ei.history import History, require_tensorboard
-from ei.interrupts import Interrupted, deferred
-from ei.metrics import summarise
-from ei.models import Backbone, LateFusion, build_model
-from ei.optimisation import Step, cyclic_learning_rate, make_optimizer, set_learning_rate
-from ei.processes import Processes
-from ei.progress import say, track
-from ei.run_folder import RunFolder, StageFolder
-from ei.run_setup import locked, require_measurable, resolved, resumes, tell_warnings
-from ei.runs import changed_data, data_hashes, joined, load_trunk, names_of_backbones, open_run, stage1_checkpoint
+from ei.runs.folder import RunFolder, StageFolder
+from ei.runs.history import History, require_tensorboard
+from ei.runs.loading import (
+    changed_data,
+    data_hashes,
+    joined,
+    load_trunk,
+    names_of_backbones,
+    open_run,
+    stage1_checkpoint,
+)
+from ei.runs.setup import locked, require_measurable, resolved, resumes, tell_warnings
+from ei.runs.snapshots import Snapshot, newest_snapshot, write_snapshot
 from ei.runtime import (
     environment,
     fingerprint,
@@ -52,7 +61,6 @@ from ei.runtime import (
     seed_everything,
     set_random_state,
 )
-from ei.snapshots import Snapshot, newest_snapshot, write_snapshot
 from mor import trainable_parameters
 from mor.files import write_atomically
 

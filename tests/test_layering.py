@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,22 @@ def test_the_check_sees_an_upward_import(tmp_path):
     path = tmp_path / "module.py"
     path.write_text("def f():\n    from ei.models import build_model\n    import tests.conftest\n")
     assert set(imported_packages(path)) == {"ei", "tests"}
+
+
+def rooms_of_ei() -> dict[str, set[str]]:
+    """The modules and folders right below ei, and which others of them each imports when it is itself imported."""
+    rooms: dict[str, set[str]] = {}
+    for path in FOLDER["ei"].rglob("*.py"):
+        room = path.relative_to(FOLDER["ei"]).parts[0].removesuffix(".py")
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ei.") and room != "__init__":
+                rooms.setdefault(room, set()).add(node.module.split(".")[1])
+    return {room: others - {room} for room, others in rooms.items()}
+
+
+def test_no_two_rooms_of_ei_import_each_other():
+    """graphlib finds a cycle of any length."""
+    list(TopologicalSorter(rooms_of_ei()).static_order())
 
 
 def test_only_the_plug_in_imports_peft():

@@ -79,7 +79,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures of a report are described and not drawn, which takes most of its time."""
-    from ei import figures
+    from ei.report import figures
 
     nothing = "data:image/svg+xml;base64,"
     monkeypatch.setattr(figures, "_as_picture", lambda figure, alt: figures.Picture(nothing, alt))

@@ -27,8 +27,8 @@ from ei.data.sample import Batch
 from ei.models import build_model
 from ei.optimisation import Step
 from ei.processes import Processes
-from ei.run_setup import resolved
-from ei.runs import load_trunk
+from ei.runs.loading import load_trunk
+from ei.runs.setup import resolved
 from mor import trainable_parameters
 
 

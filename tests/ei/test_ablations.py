@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ei.checkpoint import read_checkpoint
 from ei.cli import run
 from ei.config import Config
 from ei.data.phantom import Phantom, write_phantom
+from ei.runs.checkpoint import read_checkpoint
 
 DOCS = Path(__file__).parents[2] / "docs" / "ablations.md"
 TABLE = re.findall(r"^\| .+ \| `(.+)` \| (taken|none|own) \|$", DOCS.read_text(), re.MULTILINE)

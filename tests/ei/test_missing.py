@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from ei import evaluate, predict, train
-from ei.checkpoint import read_checkpoint
 from ei.config import Config
 from ei.data.manifest import ManifestError, Row, read_manifest
-from ei.metrics import summarise
-from ei.run_setup import require_measurable
+from ei.metrics.classification import summarise
+from ei.runs.checkpoint import read_checkpoint
+from ei.runs.setup import require_measurable
 
 STAGES = ("stage1/cfp", "stage1/oct", "stage2")
 # 9 of the 27 rows lack one of the two.

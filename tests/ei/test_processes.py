@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ei import predict, train
-from ei.checkpoint import read_checkpoint
 from ei.config import Config
 from ei.processes import Processes
+from ei.runs.checkpoint import read_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parent))
 from several_processes import gradients

@@ -16,13 +16,13 @@ import pytest
 import torch
 
 import ei.training as training
-from ei.checkpoint import read_checkpoint
 from ei.cli import run as command_line
 from ei.config import Config, ModelConfig
 from ei.data.sample import Batch
 from ei.interrupts import Interrupted
-from ei.runs import load
-from ei.snapshots import newest_snapshot
+from ei.runs.checkpoint import read_checkpoint
+from ei.runs.loading import load
+from ei.runs.snapshots import newest_snapshot
 from ei.training import train
 
 STAGES = ("stage1/cfp", "stage1/oct", "stage2")

@@ -9,15 +9,15 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from ei.checkpoint import read_checkpoint
 from ei.config import Config, ModelConfig, TrainConfig
 from ei.data.manifest import ManifestError, read_manifest
-from ei.evaluation import evaluate
+from ei.evaluation.evaluate import evaluate
 from ei.models import load_backbone
 from ei.optimisation import TrainingError, cyclic_learning_rate, make_optimizer
-from ei.runs import load, load_trunk, stage1_checkpoint
+from ei.runs.checkpoint import read_checkpoint
+from ei.runs.loading import load, load_trunk, stage1_checkpoint
+from ei.runs.snapshots import Snapshot, newest_snapshot
 from ei.runtime import fingerprint
-from ei.snapshots import Snapshot, newest_snapshot
 from ei.training import train
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from ei import evaluate, predict, train
-from ei.checkpoint import read_checkpoint
 from ei.config import BaselineConfig, Config
-from ei.runs import load
+from ei.runs.checkpoint import read_checkpoint
+from ei.runs.loading import load
 
 FUSIONS = ["mm-mil", "coscat", "late-average", "unimodel"]
 

@@ -1,0 +1,1 @@
+"""From a trained model to predictions, their figures and their files."""

@@ -1,0 +1,365 @@
+"""A comparison cell by cell: shared first stages, what goes on, what fails, folds, and the command line."""
+
+import csv
+import json
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ei import train
+from ei.cli import run
+from ei.comparison import cells
+from ei.comparison.cells import make_plan, run_plan
+from ei.comparison.compare import compare
+from ei.config import Config
+from ei.data.manifest import read_manifest
+from ei.demo import demo_config, pretrain, write_pairs
+from ei.evaluation.predictions import Predictions, stored_logits
+from ei.interrupts import Interrupted
+from ei.report.figures import Picture
+from ei.runs.folder import RunFolder
+from ei.runs.setup import resolved
+from ei.runs.stored_logits import StoredLogits
+
+METHODS = ["ei", "late", "uni:cfp"]
+
+
+@pytest.fixture(scope="module")
+def compared(
+    tmp_path_factory: pytest.TempPathFactory, write_study: Callable[..., Path], study_config: Callable[..., Config]
+) -> Iterator[tuple[Config, Path, dict[str, Any]]]:
+    """A comparison that is only read: its shared configuration, its folder, and its table."""
+    folder = tmp_path_factory.mktemp("compared")
+    config = study_config(write_study(folder / "study"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ei.report.figures._as_picture", lambda figure, alt: Picture("", alt))
+        yield config, folder / "out", compare(config, METHODS, folder / "out", seeds=2)
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Training that only draws the logits, better ones for EI; the folders that it was called for."""
+    called: list[Path] = []
+
+    def pretend(config: Config, run: Path) -> Path:
+        manifest = read_manifest(config.data.manifest, config.data)
+        config, folder = resolved(config, manifest), RunFolder(run)
+        called.append(run)
+        for stage in [folder.stage1(name) for name in config.data.modalities] + [folder.stage2]:
+            stage.path.mkdir(parents=True, exist_ok=True)
+            stage.finished.write_text("{}")
+            record = {"epoch": 1, "loss": None, "val": None, "seconds": 2.0, "images_per_second": 10, "memory_gib": 1}
+            stage.history.write_text(json.dumps(record) + "\n")
+        config.save(folder.config)
+        rows = [row for row in manifest.rows if row.split != "train"]
+        labels = np.array([row.label for row in rows])
+        logits = np.random.default_rng(config.train.seed).normal(size=(len(rows), 3))
+        logits += np.eye(3)[labels] * (3 if config.model.fusion == "ei" else 1)
+        stored = stored_logits({"all": Predictions(logits.astype(np.float32), {}, None)}, {"all": rows}, manifest)
+        folder.logits.write_bytes(stored.as_bytes())
+        return run
+
+    monkeypatch.setattr(cells, "train", pretend)
+    return called
+
+
+def names(called: list[Path], out: Path) -> list[str]:
+    return [str(path.relative_to(out)) for path in called]
+
+
+def logits_of(run: Path) -> np.ndarray:
+    return StoredLogits.read(run / "logits.npz").logits
+
+
+def test_a_cell_is_what_training_alone_gives(compared: tuple, tmp_path: Path) -> None:
+    """To the last bit, although its first stage was taken over and others were trained before it in this process."""
+    config, out, _ = compared
+    late = replace(config, model=replace(config.model, fusion="late"), train=replace(config.train, seed=1))
+    alone = train(late, tmp_path / "late")
+    np.testing.assert_array_equal(logits_of(alone), logits_of(out / "late/seed-1"))
+    taken = Config.load(out / "late/seed-1/config.yaml").train.stage1_from
+    assert Path(taken) == (out / "ei/seed-1").resolve()
+
+
+def test_configurations_differ_in_the_method_and_the_seed_only(compared: tuple) -> None:
+    _, out, _ = compared
+    configs = {path: Config.load(out / path / "config.yaml") for path in ("ei/seed-0", "late/seed-0", "ei/seed-1")}
+    base = configs["ei/seed-0"]
+    for path, config in configs.items():
+        late, seed = path.startswith("late"), int(path[-1])
+        expected = replace(
+            base,
+            model=replace(base.model, fusion="late" if late else "ei"),
+            train=replace(base.train, seed=seed, stage1_from=str((out / "ei/seed-0").resolve()) if late else ""),
+        )
+        assert config == expected
+
+
+def test_one_modality_is_the_first_stage(compared: tuple) -> None:
+    _, out, content = compared
+    stored = StoredLogits.read(out / "uni+cfp/seed-0/logits.npz")
+    assert stored.sources.tolist() == ["fused"] and set(stored.splits) == {"test"}
+    entry = content["methods"][2]
+    assert (entry["modality"], entry["parameters"]) == ("cfp", 41_187)
+    assert entry["sources"].keys() == {"fused"}
+    both = content["methods"][0]["cost"]["seconds"]
+    assert 0 < entry["cost"]["seconds"] < both
+    histories = [RunFolder(out / "ei/seed-0").stage1("cfp"), RunFolder(out / "ei/seed-1").stage1("cfp")]
+    lines = [json.loads(line) for stage in histories for line in stage.history.read_text().splitlines()]
+    seconds = sum(line["seconds"] for line in lines if line["images_per_second"])
+    assert entry["cost"]["seconds"] == pytest.approx(seconds / 2)
+
+
+def test_a_shared_first_stage_is_charged_to_both(compared: tuple) -> None:
+    _, out, _ = compared
+    ours, late = (json.loads((out / name / "seed-0/cell.json").read_text()) for name in ("ei", "late"))
+    stage1 = [RunFolder(out / "ei/seed-0").stage1(name).history for name in ("cfp", "oct")]
+    stage2 = RunFolder(out / "late/seed-0").stage2.history
+    lines = [json.loads(line) for path in [*stage1, stage2] for line in path.read_text().splitlines()]
+    assert late["seconds"] == pytest.approx(sum(line["seconds"] for line in lines if line["images_per_second"]))
+    assert (ours["stage1_from"], late["stage1_from"]) == (None, "../../ei/seed-0")
+
+
+def test_parameters_are_those_of_the_runs(compared: tuple) -> None:
+    _, out, content = compared
+    for method in content["methods"][:2]:
+        cost = json.loads((out / method["name"] / "seed-0/cost.json").read_text())
+        assert method["parameters"] == cost["trained"]["total"]
+
+
+def test_all_that_is_done_stays(compared: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, out, content = compared
+    for name in ("train", "_evaluate_alone"):
+        monkeypatch.setattr(cells, name, lambda *_: pytest.fail("trained again"))
+    before = (out / "comparison.csv").read_bytes()
+    assert compare(config, METHODS, out, seeds=2) == content
+    assert (out / "comparison.csv").read_bytes() == before
+
+
+def test_only_what_is_new_is_trained(manifest: Path, study_config: Any, tmp_path: Path, pretended: list[Path]) -> None:
+    config, out = study_config(manifest), tmp_path / "out"
+    compare(config, ["ei", "late"], out, seeds=1)
+    compare(config, ["late", "ei", "ei:lora"], out, seeds=2)
+    expected = ["ei/seed-0", "late/seed-0", "ei+lora/seed-0", "late/seed-1", "ei/seed-1", "ei+lora/seed-1"]
+    assert names(pretended, out) == expected
+    assert Config.load(out / "late/seed-1/config.yaml").train.stage1_from == ""
+    assert Config.load(out / "ei/seed-1/config.yaml").train.stage1_from == str(out / "late/seed-1")
+    assert Config.load(out / "ei+lora/seed-1/config.yaml").train.stage1_from == ""
+
+
+def test_each_trains_its_own_first_stage_if_so_wished(
+    manifest: Path, study_config: Any, tmp_path: Path, pretended: list[Path]
+) -> None:
+    plan = make_plan(study_config(manifest), ["ei", "late"], seeds=1, out=tmp_path / "out")
+    run_plan(plan, share_stage1=False)
+    assert [Config.load(path / "config.yaml").train.stage1_from for path in pretended] == ["", ""]
+
+
+def test_a_refused_first_stage_is_trained_anew(
+    manifest: Path, study_config: Any, tmp_path: Path, pretended: list[Path], monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    pretend = cells.train
+
+    def picky(config: Config, run: Path) -> Path:
+        if config.train.stage1_from:
+            raise ValueError("stage1_from cannot be used here")
+        return pretend(config, run)
+
+    monkeypatch.setattr(cells, "train", picky)
+    content = compare(study_config(manifest), ["ei", "late"], tmp_path / "out", seeds=1)
+    assert not content["methods"][1]["failed"]
+    assert "stage1_from cannot be used here. Its first stage is trained here" in capsys.readouterr().out
+
+
+@pytest.mark.fault("a method of a comparison that fails while it trains", "said, in the table, the others go on")
+@pytest.mark.parametrize("error", [ArithmeticError("loss is <nan> & gone"), RuntimeError("out of memory"), KeyError()])
+def test_a_method_that_fails(
+    error: Exception,
+    manifest: Path,
+    study_config: Any,
+    tmp_path: Path,
+    pretended: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys,
+) -> None:
+    pretend = cells.train
+
+    def fails(config: Config, run: Path) -> Path:
+        if config.model.fusion == "late" and config.train.seed == 1:
+            raise error
+        return pretend(config, run)
+
+    monkeypatch.setattr(cells, "train", fails)
+    study_config(manifest).save(tmp_path / "config.yaml")
+    out = tmp_path / "out"
+    words = ["compare", "--config", str(tmp_path / "config.yaml"), "--methods", "late,ei", "--out", str(out)]
+    assert run([*words, "--seeds", "2"]) == 1
+    reason = str(error) or "KeyError"
+    printed = capsys.readouterr().out
+    assert f"failed: late, seed 1: {reason}" in printed
+    content = json.loads((out / "comparison.json").read_text())
+    assert [method["seeds"] for method in content["methods"]] == [[0], [0, 1]]
+    with (out / "comparison.csv").open(newline="") as file:
+        assert reason in next(csv.DictReader(file))["failed"]
+    page = (out / "comparison.html").read_text()
+    assert "(1 failed)" in page and "<nan>" not in page
+    monkeypatch.setattr(cells, "train", pretend)  # what was wrong is put right
+    assert run([*words, "--seeds", "2"]) == 0
+    assert names(pretended, out).count("late/seed-1") == 1 and len(pretended) == 4
+
+
+@pytest.mark.fault("Ctrl-C in a cell of a comparison", "the same call goes on with that cell")
+def test_a_comparison_that_was_stopped(
+    manifest: Path, study_config: Any, tmp_path: Path, pretended: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend = cells.train
+
+    def stopped(config: Config, run: Path) -> Path:
+        if config.model.fusion == "late":
+            # As training does it: the configuration is there, and not yet the end.
+            run.mkdir(parents=True)
+            resolved(config, read_manifest(config.data.manifest, config.data)).save(run / "config.yaml")
+            raise Interrupted(signal.SIGINT)
+        return pretend(config, run)
+
+    monkeypatch.setattr(cells, "train", stopped)
+    config, out = study_config(manifest), tmp_path / "out"
+    with pytest.raises(Interrupted):
+        compare(config, ["ei", "late"], out, seeds=2)
+    plan = make_plan(config, ["ei", "late"], seeds=2, out=out)
+    assert [cell.state for cell in plan.cells] == ["done", "begun", "to do", "to do"]
+    begun = Config.load(out / "late/seed-0/config.yaml")
+    monkeypatch.setattr(cells, "train", pretend)
+    compare(config, ["ei", "late"], out, seeds=2)
+    assert names(pretended, out) == ["ei/seed-0", "late/seed-0", "ei/seed-1", "late/seed-1"]
+    assert Config.load(out / "late/seed-0/config.yaml") == begun  # with the first stage that it had begun with
+
+
+def test_a_better_method_wins(manifest: Path, study_config: Any, tmp_path: Path, pretended: list[Path]) -> None:
+    content = compare(study_config(manifest), ["late", "ei"], tmp_path / "out", seeds=3)
+    difference = content["methods"][1]["sources"]["fused"]["difference"]["mAP"]
+    assert difference["value"] > 0.1 and difference["p"] < 0.1  # of five patients
+    assert content["reference"] == "late" and content["split"] == "test"
+
+
+def test_val_where_there_are_no_test_rows(
+    write_study: Any, study_config: Any, tmp_path: Path, pretended: list[Path]
+) -> None:
+    manifest = write_study(tmp_path / "study", {"train": 12, "val": 6})
+    assert compare(study_config(manifest), ["ei"], tmp_path / "out", seeds=1)["split"] == "val"
+
+
+@pytest.fixture
+def folds(manifest: Path) -> list[Path]:
+    """Three manifests that leave out test patients of their own."""
+    lines = manifest.read_text().splitlines(keepends=True)
+    paths = []
+    for number in range(3):
+        paths.append(manifest.with_name(f"fold{number}.csv"))
+        chosen = [line for line in lines if not line.startswith("test") or int(line[4]) // 2 % 3 == number]
+        paths[-1].write_text("".join(chosen))
+    return paths
+
+
+def test_folds(folds: list[Path], study_config: Any, tmp_path: Path, pretended: list[Path]) -> None:
+    config, out = study_config(",".join(map(str, folds))), tmp_path / "out"
+    config = replace(config, data=replace(config.data, classes=("dark", "grey", "light")))
+    content = compare(config, ["ei", "late"], out, seeds=2)
+    assert (content["samples"], content["patients"], content["folds"]) == (9, 5, ["fold0", "fold1", "fold2"])
+    assert len(content["cells"]) == 12 and (out / "late/fold2/seed-1/logits.npz").is_file()
+    assert {cell["fold"] for cell in content["cells"]} == set(content["folds"])
+    assert Config.load(out / "late/fold2/seed-1/config.yaml").train.stage1_from == str(out / "ei/fold2/seed-1")
+    assert "The rows of all folds are measured as one set" in (out / "comparison.html").read_text().replace("\n", " ")
+
+
+@pytest.mark.fault("folds with a test patient in common, or other classes", "refused before training")
+def test_folds_that_do_not_fit(folds: list[Path], study_config: Any, tmp_path: Path) -> None:
+    lines = [path.read_text() for path in folds]
+    shared = next(line for line in lines[0].splitlines() if line.startswith("test0"))
+    config = study_config(",".join(map(str, folds)))
+    folds[1].write_text(lines[1] + shared + "\n")
+    with pytest.raises(ValueError, match="test rows must be of different patients, and both have 'test0'"):
+        make_plan(config, ["ei"], seeds=1, out=tmp_path / "out")
+    folds[1].write_text("".join(line for line in lines[1].splitlines(True) if ",dark," not in line))
+    with pytest.raises(ValueError, match="must have the same classes, got dark, grey, light and grey, light"):
+        make_plan(config, ["ei"], seeds=1, out=tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("changes", "methods", "message"),
+    [
+        ({"manifest": "nowhere.csv"}, ["ei"], "nowhere.csv"),
+        ({}, ["uni:cfp"], "'uni:cfp' is the first stage of another method, and none of the others has one"),
+        ({}, ["uni:cfp", "late:lora"], "add such as late:mor"),
+        ({}, ["ei", "nowhere"], "method 'nowhere': fusion must be"),
+        ({"seeds": 0}, ["ei"], "seeds must be at least 1"),
+        ({"int_at": 99}, ["late", "ei"], "method 'ei': tokens must enter before"),
+    ],
+)
+def test_what_cannot_be_is_said_before_training(
+    changes: dict, methods: list[str], message: str, manifest: Path, study_config: Any, tmp_path: Path
+) -> None:
+    config = study_config(changes.get("manifest", manifest))
+    config = replace(config, model=replace(config.model, int_at=changes.get("int_at", 0)))
+    with pytest.raises(ValueError, match=message):
+        make_plan(config, methods, seeds=changes.get("seeds", 1), out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.fault("a comparison whose settings or manifest have changed since", "refused before training, with names")
+def test_a_comparison_of_other_settings(
+    manifest: Path, study_config: Any, tmp_path: Path, pretended: list[Path]
+) -> None:
+    config, out = study_config(manifest), tmp_path / "out"
+    compare(config, ["ei"], out, seeds=1)
+    other = replace(config, train=replace(config.train, epochs=2))
+    with pytest.raises(ValueError, match=r"begun with other settings: train epochs \(was 1, is 2\)"):
+        compare(other, ["late", "ei"], out, seeds=1)
+    manifest.write_text(manifest.read_text() + "\n")
+    with pytest.raises(ValueError, match="manifest.csv is not what it was when .*ei/seed-0 was trained"):
+        compare(config, ["late", "ei"], out, seeds=1)
+    assert len(pretended) == 1
+
+
+def test_several_processes_are_refused(
+    manifest: Path, study_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="runs in one process"):
+        make_plan(study_config(manifest), ["ei"], seeds=1, out=tmp_path)
+
+
+def test_the_plan_writes_nothing(manifest: Path, tmp_path: Path, pretended: list[Path], capsys) -> None:
+    words = ["compare", "--manifest", str(manifest), "--modalities", "cfp,oct", "--backbone", "tiny"]
+    words += ["--image-size", "8", "--device", "cpu", "--int-hidden", "5", "--methods", "ei,late,ei:lora,uni:oct"]
+    out = tmp_path / "out"
+    assert run([*words, "--seeds", "1", "--out", str(out), "--plan"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("ei ") and lines[0].endswith("as given")
+    assert "fusion=late, int_hidden=384" in lines[1]
+    assert "adapter=lora" in lines[2] and "the first stage of oct alone" in lines[3]
+    assert lines[4] == f"to do  ei, seed 0  {out / 'ei/seed-0'}"
+    assert not out.exists() and not pretended
+    assert run(["compare", "--methods", "ei"]) == 1
+    assert "compare needs --manifest FILE" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_told_branches_beat_blind_ones(tmp_path: Path) -> None:
+    """On pairs of digits a branch sees half of the class: only intervention tells it the other half."""
+    manifest = write_pairs(tmp_path / "data", seed=0)
+    weights, _ = pretrain(tmp_path / "backbone.safetensors", seed=0)
+    content = compare(demo_config(manifest, weights, seed=0), ["late", "ei"], tmp_path / "out", seeds=1)
+    late, told = (method["sources"] for method in content["methods"])
+    for side in ("left", "right"):
+        assert late[side]["measures"]["accuracy"]["value"] < 0.6
+        assert told[side]["measures"]["accuracy"]["value"] > 0.8
+        difference = told[side]["difference"]["accuracy"]
+        assert difference["low"] > 0.2 and difference["p"] < 0.01
+    assert abs(told["fused"]["difference"]["accuracy"]["value"]) < 0.1  # both have both halves there
