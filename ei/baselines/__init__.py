@@ -11,7 +11,7 @@ from ei.baselines.cross import CrossAttention
 from ei.baselines.dynmm import DynMM
 from ei.baselines.early import EarlyFusion
 from ei.baselines.joint import JointEmbedding
-from ei.baselines.late import late_average, late_learned, late_max, late_weighted
+from ei.baselines.late import Average, Learned, Maximum, Weighted, late
 from ei.baselines.mm_mil import MMMIL
 from ei.baselines.mmrad import MMRAD
 from ei.baselines.raddiag import RadDiag
@@ -32,10 +32,10 @@ BASELINES: Mapping[str, Callable[[Sequence[str], Callable[[], Backbone], int, Ba
     "mmrad": MMRAD,
     "unimodel": OneBackbone,
     "early": EarlyFusion,
-    "late-average": late_average,
-    "late-weighted": late_weighted,
-    "late-max": late_max,
-    "late-learned": late_learned,
+    "late-average": late(lambda modalities, classes, settings: Average()),
+    "late-weighted": late(lambda modalities, classes, settings: Weighted(modalities)),
+    "late-max": late(lambda modalities, classes, settings: Maximum()),
+    "late-learned": late(lambda modalities, classes, settings: Learned(modalities, classes, settings.learned_hidden)),
     "cross": CrossAttention,
     "joint": JointEmbedding,
 }

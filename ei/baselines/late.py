@@ -70,29 +70,13 @@ def _weighted(weights: Tensor, logits: Sequence[Tensor]) -> Tensor:
     return (weights[..., None] * torch.stack(list(logits), dim=1)).sum(1)
 
 
-def late_average(
-    modalities: Sequence[str], fresh: Callable[[], Backbone], num_classes: int, settings: BaselineConfig
-) -> LateFusion:
-    return _late(modalities, fresh, num_classes, Average())
+def late(rule: Callable[[int, int, BaselineConfig], nn.Module]) -> Callable[..., LateFusion]:
+    """The late fusion by a rule, which is made for so many modalities and classes."""
 
+    def build(
+        modalities: Sequence[str], fresh: Callable[[], Backbone], num_classes: int, settings: BaselineConfig
+    ) -> LateFusion:
+        fusion = rule(len(modalities), num_classes, settings)
+        return LateFusion({modality: fresh() for modality in modalities}, num_classes, fusion=fusion)
 
-def late_weighted(
-    modalities: Sequence[str], fresh: Callable[[], Backbone], num_classes: int, settings: BaselineConfig
-) -> LateFusion:
-    return _late(modalities, fresh, num_classes, Weighted(len(modalities)))
-
-
-def late_max(
-    modalities: Sequence[str], fresh: Callable[[], Backbone], num_classes: int, settings: BaselineConfig
-) -> LateFusion:
-    return _late(modalities, fresh, num_classes, Maximum())
-
-
-def late_learned(
-    modalities: Sequence[str], fresh: Callable[[], Backbone], num_classes: int, settings: BaselineConfig
-) -> LateFusion:
-    return _late(modalities, fresh, num_classes, Learned(len(modalities), num_classes, settings.learned_hidden))
-
-
-def _late(modalities: Sequence[str], fresh: Callable[[], Backbone], num_classes: int, rule: nn.Module) -> LateFusion:
-    return LateFusion({modality: fresh() for modality in modalities}, num_classes, fusion=rule)
+    return build

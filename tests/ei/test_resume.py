@@ -65,30 +65,40 @@ def assert_same(one: Path, other: Path, stages: Sequence[str] = STAGES) -> None:
     assert tables[0] == tables[1]
 
 
+def train_killed(monkeypatch, config, run, at) -> tuple[int, int]:
+    """Train as often as it takes, killed after the steps of which ``at(number)`` is true: how many kills and steps."""
+    step, done, kills = training.Step.__call__, 0, 0
+
+    def mortal(*args):
+        nonlocal done
+        values = step(*args)
+        done += 1
+        if at(done):
+            raise Stop
+        return values
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training.Step, "__call__", mortal)
+        while True:
+            try:
+                train(config, run)
+                return kills, done
+            except Stop:
+                kills += 1
+
+
+def every_fourth(number: int) -> bool:
+    return number % 4 == 0
+
+
 @pytest.mark.fault("killed after a step", "the same weights, bit for bit")
 @pytest.mark.parametrize("save_minutes", [0.0, 10.0], ids=["saved at every step", "saved at every epoch"])
 def test_killed_at_any_step(config, tmp_path, unbroken, monkeypatch, save_minutes):
     """Killed after every fourth step, eighteen in all, until it gets to the end."""
     config = replace(config, train=replace(config.train, save_minutes=save_minutes))
-    step, done = training.Step.__call__, []
-
-    def mortal(*args):
-        values = step(*args)
-        done.append(True)
-        if len(done) % 4 == 0:
-            raise Stop
-        return values
-
-    monkeypatch.setattr(training.Step, "__call__", mortal)
-    kills = 0
-    while True:
-        try:
-            train(config, tmp_path / "broken")
-            break
-        except Stop:
-            kills += 1
+    kills, steps = train_killed(monkeypatch, config, tmp_path / "broken", every_fourth)
     assert kills > 3
-    assert len(done) > 18  # some steps were taken twice
+    assert steps > 18  # some were taken twice
     assert_same(unbroken, tmp_path / "broken")
 
 
@@ -104,23 +114,7 @@ def test_killed_with_auxiliary_vits_of_their_own(config, manifest, tmp_path, mon
         train=replace(config.train, epochs=1),
     )
     unbroken = train(config, tmp_path / "unbroken")
-    step, done = training.Step.__call__, []
-
-    def mortal(*args):
-        values = step(*args)
-        done.append(True)
-        if len(done) % 4 == 0:
-            raise Stop
-        return values
-
-    monkeypatch.setattr(training.Step, "__call__", mortal)
-    kills = 0
-    while True:
-        try:
-            train(config, tmp_path / "broken")
-            break
-        except Stop:
-            kills += 1
+    kills, _ = train_killed(monkeypatch, config, tmp_path / "broken", every_fourth)
     assert kills >= 4
     for stage in (*STAGES, "stage1-auxiliary/cfp", "stage1-auxiliary/oct"):
         ours, theirs = (read_checkpoint(run / stage / "best.safetensors") for run in (tmp_path / "broken", unbroken))
@@ -162,19 +156,8 @@ def test_killed_with_any_adapter(write_study, study_config, tmp_path, monkeypatc
     )
     assert torch.equal(load(unbroken)[0](batch).logits, trained[-1].eval()(batch).logits)
 
-    step, done = training.Step.__call__, []
-
-    def mortal(*args):
-        values = step(*args)
-        done.append(True)
-        if len(done) == 5:
-            raise Stop
-        return values
-
-    monkeypatch.setattr(training.Step, "__call__", mortal)
-    with pytest.raises(Stop):
-        train(config, tmp_path / "broken")
-    train(config, tmp_path / "broken")
+    kills, _ = train_killed(monkeypatch, config, tmp_path / "broken", lambda number: number == 5)
+    assert kills == 1
     for stage in STAGES:
         ours, theirs = (read_checkpoint(run / stage / "best.safetensors") for run in (unbroken, tmp_path / "broken"))
         assert ours.parameters.keys() == theirs.parameters.keys()
