@@ -237,8 +237,16 @@ def test_a_signal_saves_first_and_the_same_call_goes_on(config, tmp_path, unbrok
     assert_same(unbroken, tmp_path / "broken")
 
 
+@pytest.fixture
+def heeds_ctrl_c():
+    """Python interrupts on SIGINT, even if a shell started these tests in the background, where it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.fault("a second Ctrl-C", "stops at once")
-def test_a_second_signal_stops_at_once(config, tmp_path, monkeypatch):
+def test_a_second_signal_stops_at_once(config, tmp_path, monkeypatch, heeds_ctrl_c):
     def signalled(*args):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.2)  # two that come at once are one to the operating system
