@@ -4,6 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
+# A process per core, each with one thread: the models of the tests are too small for several. A file's tests stay
+# together, for the runs that they share.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=8 --dist=loadfile
 
 .PHONY: demo test slow check bench zoo faults kernels-aot kernels-gpu clean
 
@@ -11,10 +14,10 @@ demo: $(VENV)/.installed
 	$(BIN)/ei demo
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 slow: $(VENV)/.installed
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

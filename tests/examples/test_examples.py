@@ -1,15 +1,21 @@
 """The examples run as they stand, each in an interpreter of its own."""
 
 import csv
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
+from bench_methods import METHODS
 from PIL import Image
+
+from ei.comparison.methods import find_method
+from ei.config import ADAPTERS, Fusion
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SEQUENCES = ("FLAIR", "T1", "T2", "T1POST")
@@ -71,13 +77,23 @@ def test_brain_mri_says_what_it_needs(tmp_path):
     )
 
 
-def test_the_brain_mri_benchmark_runs(patches, tmp_path):
+def test_the_benchmark_of_methods_runs(patches, tmp_path):
     assert run("02_brain_mri_patches.py", patches, tmp_path / "out").returncode == 0
-    benchmark = EXAMPLES.parent / "benchmarks/bench_brain_mri.py"
-    done = run(str(benchmark), tmp_path / "out", "--epochs", 1, "--out", tmp_path / "result.json")
+    benchmark = EXAMPLES.parent / "benchmarks/bench_methods.py"
+    settings = ["--work", tmp_path / "work", "--epochs", 1, "--out", tmp_path / "result.json"]
+    done = run(str(benchmark), tmp_path / "out", *settings, "--methods", "mmrad-mor")
     assert done.returncode == 0, done.stderr
-    methods = [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("| ")][-6:]
-    assert methods == ["prevalence", "FLAIR", "T1", "T2", "late fusion", "EI"]
+    methods = [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert methods == ["", "mmrad-mor"]
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert len(result["cells"]) == 3 and result["setup"]["versions"]
+
+
+def test_the_benchmark_has_every_method():
+    """Every fusion, and every adapter, is in it."""
+    found = [find_method(name).changes.get("model", {}) for name in METHODS]
+    assert {"ei"} | {model.get("fusion") for model in found} >= set(get_args(Fusion))
+    assert {"full"} | {model.get("adapter") for model in found} >= set(ADAPTERS)
 
 
 @pytest.fixture
