@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="what examples/02_brain_mri_patches.py wrote")
     parser.add_argument("--work", type=Path, default=Path("runs/brain-methods"), help="the runs, and all four files")
     parser.add_argument("--methods", default=",".join(METHODS), help="only these, separated by commas")
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS / "brain_mri_methods.json")
     arguments = parser.parse_args()
