@@ -21,7 +21,7 @@ import ei
 import mor
 from ei import Config, DataConfig, ModelConfig, TrainConfig, load, train
 from ei.data.manifest import read_manifest
-from ei.evaluation.evaluate import predict_rows
+from ei.evaluation.inference import predict_rows
 from ei.metrics.classification import summarise
 from ei.processes import Processes
 

@@ -339,7 +339,7 @@ def params(words: Sequence[str]) -> None:
 
 
 def _show(folder: Path) -> None:
-    from ei.evaluation.evaluate import metrics_table
+    from ei.evaluation.tables import metrics_table
 
     for line in metrics_table(folder) if is_speaker() else ():
         print(line)

@@ -22,7 +22,8 @@ from ei.config import GATED, Config, DataConfig
 from ei.data.balance import inverse_frequencies
 from ei.data.loaders import TrainingSteps, samples_at_once
 from ei.data.manifest import Manifest, Row, read_manifest
-from ei.evaluation.evaluate import evaluate, predict_rows
+from ei.evaluation.evaluate import evaluate
+from ei.evaluation.inference import predict_rows
 from ei.interrupts import Interrupted, deferred
 from ei.metrics.classification import summarise
 from ei.models import Backbone, LateFusion, build_model

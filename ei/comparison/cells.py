@@ -18,8 +18,9 @@ import torch
 from ei.comparison.methods import Method, find_methods, settings_of, stage1_key
 from ei.config import Config
 from ei.data.manifest import Manifest, read_manifest
-from ei.evaluation.evaluate import predict_rows, write_json
+from ei.evaluation.inference import predict_rows
 from ei.evaluation.predictions import Predictions, stored_logits
+from ei.evaluation.tables import write_json
 from ei.interrupts import ElsewhereError, Interrupted
 from ei.models import build_model, count_trainable
 from ei.processes import Processes

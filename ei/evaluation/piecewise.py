@@ -23,8 +23,9 @@ from ei.config import Config
 from ei.data.listed import counted
 from ei.data.loaders import samples_at_once
 from ei.data.manifest import Manifest, Row, read_manifest
-from ei.evaluation.evaluate import predict_batches, prediction_table
+from ei.evaluation.inference import predict_batches
 from ei.evaluation.predictions import Predictions
+from ei.evaluation.tables import prediction_table
 from ei.evaluation.temperature import read_temperatures
 from ei.exports import csv_bytes, plain
 from ei.processes import Processes

@@ -10,9 +10,10 @@ from PIL import Image
 from ei import evaluate, load, predict, train
 from ei.config import Config
 from ei.data.manifest import read_manifest
-from ei.evaluation import evaluate as evaluation
-from ei.evaluation.evaluate import label_text, metrics_table, predict_rows
+from ei.evaluation import inference
+from ei.evaluation.inference import predict_rows
 from ei.evaluation.predictions import labels_of, measure
+from ei.evaluation.tables import label_text, metrics_table
 from ei.evaluation.temperature import fit_temperatures
 from ei.metrics.calibration import fit_temperature, probabilities
 from ei.metrics.classification import summarise
@@ -174,9 +175,9 @@ def test_a_modality_that_a_row_lacks_has_no_logits_and_no_part_in_its_figures(fi
     rows = manifest.split("test")
     rows = [replace(row, images={**row.images, "oct": ()}) if index < 3 else row for index, row in enumerate(rows)]
     logits = np.random.default_rng(0).normal(size=(3, 9, 3)).astype(np.float32)
-    kinds = [evaluation.LOGITS, ("modality", "cfp"), ("modality", "oct")]
+    kinds = [inference.LOGITS, ("modality", "cfp"), ("modality", "oct")]
     found = dict(zip(kinds, logits, strict=True)), [row.id for row in rows]
-    monkeypatch.setattr(evaluation, "_outputs", lambda *_: iter([found]))
+    monkeypatch.setattr(inference, "_outputs", lambda *_: iter([found]))
     predictions = predict_rows(None, rows, config, processes=Processes(torch.device("cpu")))
     assert np.isnan(predictions.modality_logits["oct"][:3]).all()
     assert np.isfinite(predictions.modality_logits["oct"][3:]).all() and np.isfinite(predictions.logits).all()
