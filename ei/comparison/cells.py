@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ei.comparison.methods import Method, find_methods, settings_of, stage1_key
+from ei.comparison.table import COSTS
 from ei.config import Config
 from ei.data.listed import counted
 from ei.data.manifest import Manifest, read_manifest
@@ -295,7 +296,10 @@ def _require_same_settings(cell: Cell) -> None:
 def read_note(cell: Cell) -> dict[str, Any]:
     """What a finished cell took: manifest, seconds, images_per_second, epochs, memory_gib, stage1_from."""
     try:
-        return dict(json.loads(cell.note.read_text(encoding="utf-8")))
+        note = json.loads(cell.note.read_text(encoding="utf-8"))
+        if not isinstance(note, dict) or (lacking := {"manifest", *COSTS} - set(note)):
+            raise ValueError("it must hold " + (", ".join(sorted(lacking)) if isinstance(note, dict) else "an object"))
+        return note
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {cell.note}: {error}; delete it, and it is written again") from error
 

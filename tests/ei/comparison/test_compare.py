@@ -311,6 +311,21 @@ def test_what_cannot_be_is_said_before_training(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("note", "reason"), [("{", "Expecting"), ("[]", "must hold an object"), ("{}", "epochs, imag")]
+)
+def test_a_damaged_note(
+    note: str, reason: str, manifest: Path, study_config: Any, tmp_path: Path, pretended: list[Path]
+) -> None:
+    config, out = study_config(manifest), tmp_path / "out"
+    compare(config, ["ei"], out, seeds=1)
+    (out / "ei/seed-0/cell.json").write_text(note)
+    with pytest.raises(ValueError, match=f"cannot read .*cell.json: .*{reason}.*; delete it, and it is written again"):
+        compare(config, ["ei"], out, seeds=1)
+    (out / "ei/seed-0/cell.json").unlink()
+    assert compare(config, ["ei"], out, seeds=1)["methods"][0]["seeds"] == [0]
+
+
 def test_rows_without_the_only_modality_are_said_before_training(
     manifest: Path, study_config: Any, tmp_path: Path
 ) -> None:
