@@ -16,7 +16,9 @@ from typing import Any
 import torch
 
 from ei.comparison.methods import Method, find_methods, settings_of, stage1_key
+from ei.comparison.table import COSTS
 from ei.config import Config
+from ei.data.listed import counted
 from ei.data.manifest import Manifest, read_manifest
 from ei.evaluation.inference import predict_rows
 from ei.evaluation.predictions import Predictions, stored_logits
@@ -113,6 +115,8 @@ def make_plan(config: Config, names: Sequence[str], *, seeds: int, out: Path) ->
     first = next(iter(manifests.values()))
     cells = []
     for fold, (path, manifest) in zip(_fold_names(manifests), manifests.items(), strict=True):
+        for method in methods:
+            _require_images(method, manifest, split)
         data = replace(config.data, manifest=str(path))
         for seed in range(config.train.seed, config.train.seed + seeds):
             for method in methods:
@@ -201,13 +205,8 @@ def _evaluate_alone(cell: Cell, plan: Plan) -> None:
         raise ValueError(f"no first stage of {modality} was trained by {names}")
     model, config = load(owner.folder, modality)
     manifest = read_manifest(config.data.manifest, config.data, classes=config.data.classes)
+    _require_images(cell.method, manifest, plan.split)
     rows = manifest.split(plan.split)
-    lacking = [row.id for row in rows if not row.images[modality]]
-    if lacking:
-        raise ValueError(
-            f"{len(lacking)} {plan.split} rows have no image of {modality}, such as '{lacking[0]}'; methods can be"
-            " compared on the same rows only"
-        )
     processes = Processes.join(config.train.device)
     found = predict_rows(model.to(processes.device), rows, config, processes=processes, what=f"evaluate {plan.split}")
     stored = stored_logits({plan.split: Predictions(found.logits, {}, None)}, {plan.split: rows}, manifest)
@@ -298,7 +297,10 @@ def _require_same_settings(cell: Cell) -> None:
 def read_note(cell: Cell) -> dict[str, Any]:
     """What a finished cell took: manifest, seconds, images_per_second, epochs, memory_gib, stage1_from."""
     try:
-        return dict(json.loads(cell.note.read_text(encoding="utf-8")))
+        note = json.loads(cell.note.read_text(encoding="utf-8"))
+        if not isinstance(note, dict) or (lacking := {"manifest", *COSTS} - set(note)):
+            raise ValueError("it must hold " + (", ".join(sorted(lacking)) if isinstance(note, dict) else "an object"))
+        return note
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {cell.note}: {error}; delete it, and it is written again") from error
 
@@ -326,6 +328,19 @@ def _read_folds(config: Config) -> dict[Path, Manifest]:
     if len({path.stem for path in manifests}) != len(paths):
         raise ValueError(f"manifests of a comparison must have different names, got {given}")
     return manifests
+
+
+def _require_images(method: Method, manifest: Manifest, split: str) -> None:
+    """Raise a ValueError if a method of one modality cannot predict all rows on which methods are compared."""
+    if method.modality is None:
+        return
+    lacking = [row.id for row in manifest.split(split) if not row.images[method.modality]]
+    if lacking:
+        count = counted(len(lacking), f"{split} row")
+        raise ValueError(
+            f"method '{method.name}': {count} without an image of {method.modality}, such as '{lacking[0]}'; methods"
+            " can be compared on the same rows only, so leave this one out"
+        )
 
 
 def _fold_names(manifests: dict[Path, Manifest]) -> list[str]:

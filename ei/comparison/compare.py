@@ -54,6 +54,8 @@ def tabulated(plan: Plan, failed: dict[Cell, str]) -> dict[str, Any]:
         except ValueError as error:
             failures.append(Failure(*where, str(error)))
     if not results:
+        if len({each.reason for each in failures}) == 1:
+            raise ValueError(f"every method failed: {failures[0].reason}")
         raise ValueError("; ".join(f"{each.method}, seed {each.seed}: {each.reason}" for each in failures))
     settings = plan.base.train
     table = tabulate(

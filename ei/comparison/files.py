@@ -22,7 +22,8 @@ _LATEX = {
     "<": r"\textless{}",
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
-    '"': r"\textquotedbl{}",
+    # \textquotedbl is unknown to LaTeX's default encoding.
+    '"': r"\char34{}",
     # After the end of a row, these would be its optional argument or star.
     "[": "{[}",
     "]": "{]}",
@@ -99,6 +100,7 @@ def latex(content: Mapping[str, Any]) -> str:
     tables = [
         f"% {_headline(content)}",
         "% Small: 95 % interval of the mean over seeds. Needs \\usepackage{booktabs}.",
+        *(f"% {' '.join(line.split())}" for line in _failures(content)),
         _tabular(header, main, "lrllllll"),
         "% AP of each class",
         _tabular(["Method", *map(latex_escaped, classes)], per_class, "l" * (1 + len(classes))),
@@ -230,7 +232,7 @@ def _tex_difference(method: Mapping[str, Any]) -> list[str]:
 def _tex_figure(entry: Figure, shown: Any) -> str:
     if entry["value"] is None:
         return "--"
-    bounds = "" if entry["low"] is None else rf" {{\scriptsize[{shown(entry['low'])}, {shown(entry['high'])}]}}"
+    bounds = "" if entry["low"] is None else rf" {{\scriptsize[${shown(entry['low'])}$, ${shown(entry['high'])}$]}}"
     return f"${shown(entry['value'])}$" + bounds
 
 

@@ -14,12 +14,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from urllib.parse import quote
 
 import yaml
 
-from ei.config import Config, IdleError, ModelConfig
+from ei.config import Config, Fusion, IdleError, ModelConfig
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "mor-no-bypass": {"adapter": "mor", "bypass": False},
@@ -121,7 +121,8 @@ def find_method(name: str) -> Method:
     """The method of a name (see above); whether its settings can be shows when it is applied.
 
     Raises:
-        ValueError: a file that cannot be read, or sets what all methods share.
+        ValueError: no adapter follows a colon, or a file cannot be read, sets what all methods share, or is called as
+            another method is.
 
     >>> find_method("late:average:lora").changes
     {'model': {'fusion': 'late-average', 'adapter': 'lora'}}
@@ -130,7 +131,9 @@ def find_method(name: str) -> Method:
         return _from_file(Path(name))
     if name.startswith(ALONE):
         return Method(name, {}, modality=name.removeprefix(ALONE))
-    fusion, _, adapter = _LATE.sub(r"late-\1", name).partition(":")
+    fusion, colon, adapter = _LATE.sub(r"late-\1", name).partition(":")
+    if colon and not adapter:
+        raise ValueError(f"method '{name}' must name an adapter after the colon, such as {name}lora")
     adapter = adapter or USUAL_ADAPTER.get(fusion, "")
     chosen = VARIANTS.get(adapter, {"adapter": adapter}) if adapter else {}
     return Method(name, {"model": {"fusion": fusion, **chosen}})
@@ -148,6 +151,8 @@ def find_methods(names: Sequence[str], base: Config) -> list[Method]:
     seen: dict[tuple[Config, str | None], str] = {}
     folders: set[str] = set()
     for method in methods:
+        if [other.name for other in methods].count(method.name) > 1:
+            raise ValueError(f"two methods are called '{method.name}'; leave one out, or rename its file")
         # Some disks do not tell upper from lower case.
         if method.folder.lower() in folders or method.folder.startswith("."):
             raise ValueError(f"methods must have names of their own, without a dot first, got '{method.name}'")
@@ -200,6 +205,8 @@ def _from_file(path: Path) -> Method:
         raise ValueError(f"cannot read the method {path}: {' '.join(str(error).split())}") from error
     if not isinstance(changes, Mapping) or not all(isinstance(section, Mapping) for section in changes.values()):
         raise ValueError(f"the method {path} must hold sections (data, model, train) of 'name: value' lines")
+    if _LATE.sub(r"late-\1", path.stem).partition(":")[0] in (*get_args(Fusion), ALONE.rstrip(":")):
+        raise ValueError(f"the method {path} is called as another method, '{path.stem}'; rename the file")
     shared = [name for section, names in _SHARED.items() for name in names if name in changes.get(section, {})]
     if shared:
         raise ValueError(f"the method {path} sets {', '.join(shared)}, which all methods of a comparison share")

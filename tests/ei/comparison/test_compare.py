@@ -311,6 +311,44 @@ def test_what_cannot_be_is_said_before_training(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("note", "reason"), [("{", "Expecting"), ("[]", "must hold an object"), ("{}", "epochs, imag")]
+)
+def test_a_damaged_note(
+    note: str, reason: str, manifest: Path, study_config: Any, tmp_path: Path, pretended: list[Path]
+) -> None:
+    config, out = study_config(manifest), tmp_path / "out"
+    compare(config, ["ei"], out, seeds=1)
+    (out / "ei/seed-0/cell.json").write_text(note)
+    with pytest.raises(ValueError, match=f"cannot read .*cell.json: .*{reason}.*; delete it, and it is written again"):
+        compare(config, ["ei"], out, seeds=1)
+    (out / "ei/seed-0/cell.json").unlink()
+    assert compare(config, ["ei"], out, seeds=1)["methods"][0]["seeds"] == [0]
+
+
+def test_rows_without_the_only_modality_are_said_before_training(
+    manifest: Path, study_config: Any, tmp_path: Path
+) -> None:
+    config = study_config(manifest)
+    config = replace(config, data=replace(config.data, allow_missing=True))
+    lines = manifest.read_text().splitlines()
+    column = lines[0].split(",").index("oct")
+    at = next(number for number, line in enumerate(lines) if "test" in line.split(",")[1:3])
+    cells_of_row = lines[at].split(",")
+    cells_of_row[column] = ""
+    manifest.write_text("\n".join([*lines[:at], ",".join(cells_of_row), *lines[at + 1 :]]) + "\n")
+    with pytest.raises(ValueError, match=f"'uni:oct': 1 test row without .* such as '{cells_of_row[0]}'"):
+        make_plan(config, ["late", "uni:oct"], seeds=1, out=tmp_path / "out")
+    assert make_plan(config, ["late", "uni:cfp"], seeds=1, out=tmp_path / "out").cells
+
+
+def test_what_all_methods_fail_of_is_said_once(manifest: Path, study_config: Any, tmp_path: Path) -> None:
+    config = study_config(manifest)
+    config = replace(config, model=replace(config.model, weights=str(tmp_path / "nowhere.pth")))
+    with pytest.raises(ValueError, match=r"^every method failed: weights must be a file, but there is none at \S+$"):
+        compare(config, ["late", "ei"], tmp_path / "out", seeds=2)
+
+
 @pytest.mark.fault("a comparison whose settings or manifest have changed since", "refused before training, with names")
 def test_a_comparison_of_other_settings(
     manifest: Path, study_config: Any, tmp_path: Path, pretended: list[Path]

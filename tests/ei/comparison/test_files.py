@@ -118,8 +118,8 @@ def test_json_is_everything(written: Path, content: dict[str, Any]) -> None:
 def unescaped(cell: str) -> str:
     """The text of a LaTeX cell; fails on a special character that is not escaped."""
     words = {r"\textbackslash": "\\", r"\textasciitilde": "~", r"\textasciicircum": "^", r"\textless": "<"}
-    words |= {r"\textgreater": ">", r"\textbar": "|", r"\textquotedbl": '"'}
-    pattern = re.compile(r"(\\[a-z]+)\{\}|\\([&%$#_{}])|\{([\[\]*])\}|([^\\&%$#_{}~^<>|\[\]*\"])")
+    words |= {r"\textgreater": ">", r"\textbar": "|", r"\char34": '"'}
+    pattern = re.compile(r"(\\[a-z]+(?:34)?)\{\}|\\([&%$#_{}])|\{([\[\]*])\}|([^\\&%$#_{}~^<>|\[\]*\"])")
     parts, position = [], 0
     while position < len(cell):
         match = pattern.match(cell, position)
@@ -148,6 +148,13 @@ def test_latex_tables_have_as_many_cells_as_columns(content: dict[str, Any]) -> 
             assert len(cells) == len(columns)
     names = [unescaped(row.split(" & $")[0].split(" & --")[0].split(" & 1,")[0]) for row in rows[1:]]
     assert names == ["ei", NASTY, "+late"]
+
+
+def test_latex_says_what_failed_and_shows_signs_as_signs(content: dict[str, Any]) -> None:
+    content["methods"][2]["failed"][0]["reason"] = "boom\n\\input{x}"
+    text = latex(content)
+    assert f"\n% failed: +late, a {NASTY}, seed 1: boom \\input{{x}}\n" in text
+    assert r"$+0.200$ {\scriptsize[$+0.100$, $+0.300$]}" in text
 
 
 def test_the_text(content: dict[str, Any]) -> None:

@@ -86,6 +86,17 @@ def test_a_file_that_cannot_be_one(tmp_path: Path, text: str, message: str) -> N
         find_methods([str(path)], BASE)
 
 
+@pytest.mark.parametrize("name", ["late", "late-max", "late:max", "mm-mil", "ei:lora", "uni:cfp"])
+def test_a_file_called_as_another_method(name: str, tmp_path: Path) -> None:
+    """Its row of the table would be taken for that method's."""
+    path = tmp_path / f"{name}.yaml"
+    path.write_text("model: {int_hidden: 5}")
+    with pytest.raises(ValueError, match=f"is called as another method, '{name}'; rename the file"):
+        find_methods([str(path)], BASE)
+    path.rename(tmp_path / "late-and-narrow.yaml")
+    assert find_methods([str(tmp_path / "late-and-narrow.yaml")], BASE)[0].name == "late-and-narrow"
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [
@@ -93,7 +104,8 @@ def test_a_file_that_cannot_be_one(tmp_path: Path, text: str, message: str) -> N
         (["ei", "eo"], "method 'eo': fusion must be"),
         (["ei:lroa"], "method 'ei:lroa': adapter must be"),
         (["ei", "ei:mor"], "'ei' and 'ei:mor' are the same"),
-        (["ei", "ei"], "names of their own"),
+        (["ei", "ei"], "two methods are called 'ei'; leave one out"),
+        (["ei:"], "method 'ei:' must name an adapter after the colon"),
         (["ei", "uni:mri"], "there is no modality 'mri', there are cfp, oct"),
         (["nowhere.yaml"], "cannot read the method nowhere.yaml"),
     ],
