@@ -280,7 +280,7 @@ def _with_source(cell: Cell, source: str) -> Config:
 def _as_begun(cell: Cell) -> Config:
     """The configuration with which the cell was begun, if it was; where stage 1 comes from is settled then."""
     path = RunFolder(cell.folder).config
-    return Config.load(path) if path.is_file() else cell.config
+    return Config.load(path, of_run=True) if path.is_file() else cell.config
 
 
 def _require_same_settings(cell: Cell) -> None:

@@ -19,7 +19,7 @@ from urllib.parse import quote
 
 import yaml
 
-from ei.config import Config, IdleError, ModelConfig
+from ei.config import Config, ModelConfig
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "mor-no-bypass": {"adapter": "mor", "bypass": False},
@@ -103,18 +103,10 @@ class Method:
             else:
                 values[section] = changed
         own = {name for changed in self.changes.values() for name in changed}
-        while True:
-            try:
-                return Config.from_dict(values)
-            except IdleError as error:
-                idle = [name for name in error.names if name not in own]
-                if not idle:
-                    raise ValueError(f"method '{self.name}': {error}") from error
-                for shared in values.values():
-                    for name in idle:
-                        shared.pop(name, None)
-            except ValueError as error:
-                raise ValueError(f"method '{self.name}': {error}") from error
+        try:
+            return Config.without_idle(values, kept=own)
+        except ValueError as error:
+            raise ValueError(f"method '{self.name}': {error}") from error
 
 
 def find_method(name: str) -> Method:

@@ -118,7 +118,7 @@ def resumes(folder: RunFolder, config: Config) -> bool:
         if folder.path.exists() and any(not path.name.startswith(".") for path in folder.path.iterdir()):
             raise ValueError(f"{folder.path} is neither a run nor an empty folder; choose another with --out")
         return False
-    begun = Config.load(folder.config).to_dict()
+    begun = Config.load(folder.config, of_run=True).to_dict()
     # The contrastive loss of a joint embedding is among the samples that are taken through the model at once.
     fixed = {"micro_batch"} if config.model.fusion == "joint" else set()
     different = [

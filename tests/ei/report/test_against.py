@@ -156,6 +156,14 @@ def test_runs_on_other_samples_are_refused(tmp_path: Path, changes: dict, messag
         compare_runs(*runs, bootstrap=0, seed=0)
 
 
+@pytest.mark.parametrize("name", ["a", "a/../a", "link"])
+def test_a_run_is_not_compared_with_itself(tmp_path: Path, name: str) -> None:
+    run = written(tmp_path / "a", stored())
+    (tmp_path / "link").symlink_to(run)
+    with pytest.raises(ValueError, match="are the same run, which does not differ from itself"):
+        compare_runs(run, tmp_path / name, bootstrap=0, seed=0)
+
+
 def test_a_run_without_logits_is_told_how_to_get_them(tmp_path: Path) -> None:
     run = written(tmp_path / "a", stored())
     with pytest.raises(ValueError, match="b has no logits.npz; 'ei evaluate .*b' writes it"):
