@@ -121,7 +121,8 @@ def find_method(name: str) -> Method:
     if name.endswith((".yaml", ".yml")):
         return _from_file(Path(name))
     if name.startswith(ALONE):
-        return Method(name, {}, modality=name.removeprefix(ALONE))
+        # Whatever the shared fusion is, it is of one that has a first stage.
+        return Method(name, {"model": {"fusion": "late"}}, modality=name.removeprefix(ALONE))
     fusion, _, adapter = _LATE.sub(r"late-\1", name).partition(":")
     adapter = adapter or USUAL_ADAPTER.get(fusion, "")
     chosen = VARIANTS.get(adapter, {"adapter": adapter}) if adapter else {}

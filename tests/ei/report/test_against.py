@@ -40,6 +40,13 @@ def shuffled(content: StoredLogits) -> StoredLogits:
     return StoredLogits(content.classes, content.sources, **columns, logits=content.logits[:, order])
 
 
+def with_bit(archive: bytes, position: int) -> bytes:
+    """One bit more in the first entry of a zip archive's directory."""
+    changed = bytearray(archive)
+    changed[archive.index(b"PK\x01\x02") + position] ^= 1
+    return bytes(changed)
+
+
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     content = stored()
     read = StoredLogits.read(written(tmp_path / "run", content) / "logits.npz")
@@ -56,6 +63,8 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         lambda path: path.write_bytes(b""),
         lambda path: path.write_bytes(b"PK\x03\x04 but no more"),
         lambda path: path.write_bytes(path.read_bytes()[:-200]),
+        lambda path: path.write_bytes(with_bit(path.read_bytes(), 8)),  # "encrypted"
+        lambda path: path.write_bytes(with_bit(path.read_bytes(), 10)),  # "compressed"
         lambda path: np.savez(path, ids=np.array(["a"])),
         lambda path: path.write_bytes(stored(ids=np.array(["too few"])).as_bytes()),
         lambda path: np.savez(path, **vars(stored()) | {"ids": np.array([{"code": 1}], dtype=object)}),
