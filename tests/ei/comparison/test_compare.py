@@ -17,6 +17,7 @@ from ei.cli import run
 from ei.comparison import cells
 from ei.comparison.cells import make_plan, run_plan
 from ei.comparison.compare import compare
+from ei.comparison.table import tabulate
 from ei.config import Config
 from ei.data.manifest import read_manifest
 from ei.demo import demo_config, pretrain, write_pairs
@@ -449,6 +450,65 @@ def test_only_a_method_with_auxiliary_vits_is_charged_for_them(
     content = compare(config, ["ei", "late"], tmp_path / "out", seeds=1)
     assert Config.load(tmp_path / "out/late/seed-0/config.yaml").train.stage1_from
     assert [method["cost"]["seconds"] for method in content["methods"]] == [10, 6]  # 2 s each
+    assert content["methods"][0]["cost"]["memory_gib"] is None  # on a CPU it is that of the process
+
+
+def test_a_first_stage_is_taken_from_where_it_was_trained(
+    manifest: Path, study_config: Any, tmp_path: Path, pretended: list[Path]
+) -> None:
+    """Not from a run that has taken it over itself, whatever the order: what it cost is written down where it was."""
+    config, out = study_config(manifest), tmp_path / "out"
+    compare(config, ["ei", "late"], out, seeds=1)
+    compare(config, ["late", "late:average", "ei"], out, seeds=1)
+    assert Config.load(out / "late+average/seed-0/config.yaml").train.stage1_from == str(out / "ei/seed-0")
+
+
+def test_one_modality_comes_after_those_that_train_it(
+    manifest: Path, study_config: Any, tmp_path: Path, pretended: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[tuple[str, int]] = []
+    monkeypatch.setattr(cells, "_evaluate_alone", lambda cell, _: done.append((cell.title, len(pretended))))
+    plan = make_plan(study_config(manifest), ["uni:cfp", "ei"], seeds=2, out=tmp_path / "out")
+    assert not run_plan(plan)
+    assert done == [("uni:cfp, seed 0", 2), ("uni:cfp, seed 1", 2)]
+
+
+def test_one_modality_that_test_rows_lack(
+    manifest: Path, study_config: Any, tmp_path: Path, pretended: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest.write_text(manifest.read_text().replace("test4_cfp.png", ""))
+    config = study_config(manifest)
+    config = replace(config, data=replace(config.data, allow_missing=True))
+    monkeypatch.setattr(cells, "load", lambda run, modality: (torch.nn.Identity(), Config.load(run / "config.yaml")))
+    content = compare(config, ["ei", "uni:cfp"], tmp_path / "out", seeds=1)
+    reason = content["methods"][1]["failed"][0]["reason"]
+    assert reason.startswith("1 test rows have no image of cfp, such as 'test4'")
+
+
+def test_without_a_first_stage_there_is_none_of_one_modality(manifest: Path, study_config: Any, tmp_path: Path) -> None:
+    config = study_config(manifest, stages="2")
+    with pytest.raises(ValueError, match="none of the others has one"):
+        make_plan(config, ["ei", "uni:cfp"], seeds=1, out=tmp_path / "out")
+
+
+def test_patients_are_resampled_by_the_settings(
+    manifest: Path, study_config: Any, tmp_path: Path, pretended: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {}
+
+    def noted(*args: Any, **settings: Any) -> dict[str, Any]:
+        given.update(settings)
+        return tabulate(*args, **settings)
+
+    monkeypatch.setattr("ei.comparison.compare.tabulate", noted)
+    compare(study_config(manifest, seed=3, bootstrap=20), ["ei"], tmp_path / "out", seeds=1)
+    assert given == {"folds": [""], "bootstrap": 20, "seed": 3}
+
+
+def test_folds_of_one_name(folds: list[Path], study_config: Any, tmp_path: Path) -> None:
+    """Their folders would be one."""
+    with pytest.raises(ValueError, match="must have different names"):
+        make_plan(study_config(f"{folds[0]},{folds[0]}"), ["ei"], seeds=1, out=tmp_path / "out")
 
 
 def test_folds_of_which_some_have_no_test_rows(folds: list[Path], study_config: Any, tmp_path: Path) -> None:
@@ -487,15 +547,22 @@ def test_one_modality_with_logits_that_are_not_finite(
     "a module that is missing, or no memory, in a cell of a comparison", "in the table, the others go on"
 )
 @pytest.mark.parametrize(
-    "error", [ModuleNotFoundError("No module named 'peft'"), MemoryError(), OSError(28, "No space")]
+    "error",
+    [
+        ModuleNotFoundError("No module named 'peft'"),
+        MemoryError(),
+        OSError(28, "No space"),
+        ValueError("an image is gone"),
+    ],
 )
 def test_what_else_fails_in_a_cell(
     error: Exception, manifest: Path, study_config: Any, tmp_path: Path, pretended: list[Path], monkeypatch: Any
 ) -> None:
-    pretend = cells.train
+    pretend, tried = cells.train, []
 
     def fails(config: Config, run: Path) -> Path:
         if config.model.fusion == "ei":
+            tried.append(run)
             raise error
         return pretend(config, run)
 
@@ -503,7 +570,7 @@ def test_what_else_fails_in_a_cell(
     content = compare(study_config(manifest), ["ei", "late"], tmp_path / "out", seeds=1)
     assert [len(method["failed"]) for method in content["methods"]] == [1, 0]
     assert content["methods"][0]["failed"][0]["reason"] == (str(error) or "MemoryError")
-    assert not (tmp_path / "out/ei/seed-0/cell.json").exists()
+    assert not (tmp_path / "out/ei/seed-0/cell.json").exists() and len(tried) == 1
 
 
 @pytest.mark.slow
