@@ -107,11 +107,11 @@ def test_methods_that_cannot_be_compared(names: list[str], message: str) -> None
 
 
 def test_methods_whose_folders_some_disks_take_for_one(tmp_path: Path) -> None:
-    paths = [tmp_path / "a" / "Wide.yaml", tmp_path / "b" / "wide.yaml"]
+    paths = [tmp_path / "a" / "wide.yaml", tmp_path / "b" / "Wide.yaml"]
     for number, path in enumerate(paths):
         path.parent.mkdir()
         path.write_text(f"model: {{int_hidden: {number + 5}}}")
-    with pytest.raises(ValueError, match="names of their own, .* got 'wide'"):
+    with pytest.raises(ValueError, match="names of their own, .* got 'Wide'"):
         find_methods([str(path) for path in paths], BASE)
 
 
