@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ei.config import Config, DataConfig, ModelConfig, TrainConfig
+    from ei.config import BaselineConfig, Config, DataConfig, ModelConfig, TrainConfig
     from ei.evaluation.evaluate import evaluate
     from ei.evaluation.piecewise import predict
     from ei.models import build_model
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 # Loaded on first use: the command line must answer before torch could be imported.
 _HOMES = {
+    "BaselineConfig": "ei.config",
     "Config": "ei.config",
     "DataConfig": "ei.config",
     "ModelConfig": "ei.config",
@@ -25,6 +26,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "BaselineConfig",
     "Config",
     "DataConfig",
     "ModelConfig",

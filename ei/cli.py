@@ -1,9 +1,12 @@
 """The command line. torch is imported only once a command runs, so that help comes at once."""
 
+import io
 import os
 import shlex
 import sys
+import traceback
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast
@@ -366,7 +369,28 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
 
 def _parse(kind: type[Command], name: str, words: Sequence[str], default: Command | None = None) -> Command:
     given: dict[str, Any] = {} if default is None else {"default": default}
-    return tyro.cli(kind, prog=f"ei {name}", args=list(words), config=(tyro.conf.OmitArgPrefixes,), **given)
+    told = io.StringIO()
+    try:
+        with redirect_stderr(told):
+            return tyro.cli(kind, prog=f"ei {name}", args=list(words), config=(tyro.conf.OmitArgPrefixes,), **given)
+    except SystemExit as stopped:
+        if (refused := _refused_setting(stopped)) is None:
+            raise
+        told = io.StringIO()
+        raise refused from None
+    finally:
+        sys.stderr.write(told.getvalue())
+
+
+def _refused_setting(stopped: SystemExit) -> ValueError | None:
+    """What a dataclass had against its values, which tyro puts in a box of its own and exits."""
+    error = stopped.__context__
+    while error is not None:
+        frames = traceback.walk_tb(error.__traceback__)
+        if isinstance(error, ValueError) and any(frame.f_code.co_name == "__post_init__" for frame, _ in frames):
+            return error
+        error = error.__context__
+    return None
 
 
 def _take_config(words: list[str]) -> tuple[Path | None, list[str]]:

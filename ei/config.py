@@ -3,7 +3,7 @@
 Field names are unique over all sections, so that each is one flag: ``--backbone tiny --epochs 5``.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import combinations
 from pathlib import Path
@@ -523,8 +523,39 @@ class Config:
         write_atomically(path, yaml.safe_dump(self.to_dict(), sort_keys=False).encode())
 
     @classmethod
-    def load(cls, path: Path) -> Self:
+    def without_idle(cls, values: Mapping[str, Any], *, kept: Collection[str] = ()) -> Self:
+        """:meth:`from_dict`, with settings that would change nothing left out instead of refused.
+
+        Args:
+            values: A nested mapping.
+            kept: Names of settings that are refused all the same.
+
+        >>> Config.without_idle({"model": {"fusion": "late", "int_hidden": 5}}).model.int_hidden
+        384
+        """
+        left = {key: dict(given) if isinstance(given, Mapping) else given for key, given in values.items()}
+        while True:
+            try:
+                return cls.from_dict(left)
+            except IdleError as error:
+                idle = [name for name in error.names if name not in kept]
+                if not idle:
+                    raise
+                left = {
+                    key: {name: value for name, value in given.items() if name not in idle}
+                    if isinstance(given, dict)
+                    else given
+                    for key, given in left.items()
+                }
+
+    @classmethod
+    def load(cls, path: Path, *, of_run: bool = False) -> Self:
         """Read a YAML file.
+
+        Args:
+            path: The file.
+            of_run: It is what a run was trained with, perhaps by an earlier version: settings that would change nothing
+                are left out instead of refused.
 
         Raises:
             ValueError: the file is missing, is not YAML, or does not fit; the message names the file.
@@ -533,9 +564,9 @@ class Config:
             values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
             if not isinstance(values, Mapping):
                 raise ValueError("it must hold the sections data, model, train and baseline")
-            return cls.from_dict(values)
+            return cls.without_idle(values) if of_run else cls.from_dict(values)
         except (OSError, ValueError, yaml.YAMLError) as error:
-            raise ValueError(f"cannot use the configuration {path}: {error}") from error
+            raise ValueError(f"cannot use the configuration {path}: {' '.join(str(error).split())}") from error
 
 
 def find_config(name: str) -> Path:
@@ -590,10 +621,11 @@ def _as_field(kind: type, key: str, value: Any) -> Any:
             raise ValueError(f"{key} must be a list, got {value!r}")
         return tuple(_as_scalar(key, item, get_args(declared)[0]) for item in values)
     if get_origin(declared) is Literal:
-        words = {True: "on", False: "off"}
-        # YAML reads on and off as booleans.
-        if isinstance(value, bool) and words[value] in get_args(declared):
-            return words[value]
+        if isinstance(value, bool):
+            # YAML reads on and off as booleans.
+            word, known = "on" if value else "off", get_args(declared)
+            _require(word in known, key, f"one of {', '.join(known)}", value)
+            return word
         return _as_scalar(key, value, str)
     return _as_scalar(key, value, declared)
 

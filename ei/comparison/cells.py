@@ -8,11 +8,12 @@ import gc
 import json
 import os
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ei.comparison.methods import Method, find_methods, settings_of, stage1_key
@@ -20,6 +21,7 @@ from ei.comparison.table import COSTS
 from ei.config import Config
 from ei.data.listed import counted
 from ei.data.manifest import Manifest, read_manifest
+from ei.evaluation.evaluate import evaluate
 from ei.evaluation.inference import predict_rows
 from ei.evaluation.predictions import Predictions, stored_logits
 from ei.evaluation.tables import write_json
@@ -29,8 +31,8 @@ from ei.processes import Processes
 from ei.progress import say
 from ei.runs.files import read_epochs, stage_cost
 from ei.runs.folder import RunFolder, StageFolder
-from ei.runs.loading import load, manifest_hash
-from ei.runs.setup import resolved, resumes
+from ei.runs.loading import changed_data, data_hashes, load
+from ei.runs.setup import require_usable, resolved, resumes
 from ei.runtime import choose_device
 from ei.training import train
 from mor.files import write_atomically
@@ -45,6 +47,8 @@ class Cell:
     """The manifest's name; empty if there is only one."""
     config: Config
     folder: Path
+    data: Mapping[str, str]
+    """Hashes of the manifest and of its images, as the comparison found them."""
 
     @property
     def seed(self) -> int:
@@ -60,7 +64,7 @@ class Cell:
 
     @property
     def state(self) -> str:
-        if self.note.is_file():
+        if self.note.is_file() and RunFolder(self.folder).logits.is_file():
             return "done"
         return "begun" if RunFolder(self.folder).config.is_file() else "to do"
 
@@ -118,12 +122,13 @@ def make_plan(config: Config, names: Sequence[str], *, seeds: int, out: Path) ->
         for method in methods:
             _require_images(method, manifest, split)
         data = replace(config.data, manifest=str(path))
+        hashes = data_hashes(replace(config, data=data), manifest)
         for seed in range(config.train.seed, config.train.seed + seeds):
             for method in methods:
                 own = method.applied(replace(config, data=data, train=replace(config.train, seed=seed)))
                 # Resolved as training does it, which may depend on the method.
                 own = resolved(own, manifest)
-                cells.append(Cell(method, fold, own, out / method.folder / fold / f"seed-{seed}"))
+                cells.append(Cell(method, fold, own, out / method.folder / fold / f"seed-{seed}", hashes))
     plan = Plan(
         base=replace(config, data=replace(config.data, classes=first.classes)),
         methods=methods,
@@ -165,6 +170,7 @@ def run_plan(plan: Plan, *, share_stage1: bool = True) -> dict[Cell, str]:
         say(f"{number}/{len(order)}: {cell.title}")
         _forget_the_last(cell)
         try:
+            _require_same_data(cell)
             if cell.method.modality is None:
                 _train(cell, plan.cells if share_stage1 else [])
             else:
@@ -192,6 +198,8 @@ def _train(cell: Cell, cells: Sequence[Cell]) -> None:
         say(f"{cell.title}: {error}. Its first stage is trained here")
         config = cell.config
         train(config, cell.folder)
+    if not RunFolder(cell.folder).logits.is_file():  # deleted since
+        evaluate(cell.folder)
     _note(cell, Path(config.train.stage1_from) if config.train.stage1_from else None)
 
 
@@ -205,10 +213,11 @@ def _evaluate_alone(cell: Cell, plan: Plan) -> None:
         raise ValueError(f"no first stage of {modality} was trained by {names}")
     model, config = load(owner.folder, modality)
     manifest = read_manifest(config.data.manifest, config.data, classes=config.data.classes)
-    _require_images(cell.method, manifest, plan.split)
     rows = manifest.split(plan.split)
     processes = Processes.join(config.train.device)
     found = predict_rows(model.to(processes.device), rows, config, processes=processes, what=f"evaluate {plan.split}")
+    if not np.isfinite(found.logits).all():
+        raise ValueError(f"the first stage of {modality} in {owner.folder} gives logits that are not finite")
     stored = stored_logits({plan.split: Predictions(found.logits, {}, None)}, {plan.split: rows}, manifest)
     cell.folder.mkdir(parents=True, exist_ok=True)
     write_atomically(RunFolder(cell.folder).logits, stored.as_bytes())
@@ -223,7 +232,7 @@ def _note(cell: Cell, source: Path | None) -> None:
     on_gpu = choose_device(cell.config.train.device).type == "cuda"
     memory = [cost["memory_gib"] for cost in costs if cost["memory_gib"]]
     content = {
-        "manifest": manifest_hash(cell.config),
+        **cell.data,
         "seconds": sum(cost["seconds"] for cost in costs),
         "images_per_second": costs[-1]["images_per_second"] if costs else None,
         "epochs": costs[-1]["epochs"] if costs else None,
@@ -237,7 +246,8 @@ def _stages(cell: Cell) -> list[StageFolder]:
     folder, alone = RunFolder(cell.folder), cell.method.modality
     if alone is not None:
         return [folder.stage1(alone)]
-    roles = (False, True)
+    # A first stage that was taken over may have one of auxiliary ViTs, too, and the cell need not.
+    roles = (False, True) if cell.config.model.aux_backbone else (False,)
     first = [folder.stage1(modality, role) for modality in cell.config.data.modalities for role in roles]
     return [*first, folder.stage2]
 
@@ -280,27 +290,41 @@ def _with_source(cell: Cell, source: str) -> Config:
 def _as_begun(cell: Cell) -> Config:
     """The configuration with which the cell was begun, if it was; where stage 1 comes from is settled then."""
     path = RunFolder(cell.folder).config
-    return Config.load(path) if path.is_file() else cell.config
+    return Config.load(path, of_run=True) if path.is_file() else cell.config
 
 
 def _require_same_settings(cell: Cell) -> None:
     """Raise a ValueError if what is in the cell's folder was begun with other settings, or on another manifest."""
     if cell.method.modality is None:
         resumes(RunFolder(cell.folder), _with_source(cell, _as_begun(cell).train.stage1_from))
-    if cell.note.is_file() and read_note(cell)["manifest"] != manifest_hash(cell.config):
-        raise ValueError(
-            f"{cell.config.data.manifest} is not what it was when {cell.folder} was trained; restore it, or choose"
-            " another folder with --out"
-        )
+    else:
+        require_usable(cell.folder)
+    if not cell.note.is_file():
+        return
+    note = read_note(cell)
+    for part, what in (("manifest", cell.config.data.manifest), ("images", f"an image of {cell.config.data.manifest}")):
+        if note.get(part, cell.data[part]) != cell.data[part]:
+            raise ValueError(
+                f"{what} is not what it was when {cell.folder} was trained; restore it, or choose another folder with"
+                " --out"
+            )
+
+
+def _require_same_data(cell: Cell) -> None:
+    """Raise a ValueError if the manifest or an image has changed since the comparison was begun or gone on with."""
+    manifest = read_manifest(cell.config.data.manifest, cell.config.data)
+    if changed := changed_data(cell.data, cell.config, manifest):
+        raise ValueError(f"{changed} has changed while the comparison ran; restore it, and start the comparison again")
 
 
 def read_note(cell: Cell) -> dict[str, Any]:
-    """What a finished cell took: manifest, seconds, images_per_second, epochs, memory_gib, stage1_from."""
+    """What a finished cell took: manifest, images, seconds, images_per_second, epochs, memory_gib, stage1_from."""
     try:
         note = json.loads(cell.note.read_text(encoding="utf-8"))
-        if not isinstance(note, dict) or (lacking := {"manifest", *COSTS} - set(note)):
-            raise ValueError("it must hold " + (", ".join(sorted(lacking)) if isinstance(note, dict) else "an object"))
-        return note
+        lacking = [name for name in ("manifest", *COSTS) if name not in note] if isinstance(note, dict) else ["all"]
+        if lacking:
+            raise ValueError(f"it lacks {', '.join(lacking)}")
+        return dict(note)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {cell.note}: {error}; delete it, and it is written again") from error
 
@@ -349,10 +373,13 @@ def _fold_names(manifests: dict[Path, Manifest]) -> list[str]:
 
 def _split_of(manifests: dict[Path, Manifest]) -> str:
     for split in ("test", "val"):
-        if all(manifest.split(split) for manifest in manifests.values()):
+        without = [str(path) for path, manifest in manifests.items() if not manifest.split(split)]
+        if not without:
             return split
+        if len(without) < len(manifests):
+            raise ValueError(f"folds are compared on {split} rows, and there are none in {', '.join(without)}")
     names = ", ".join(map(str, manifests))
-    raise ValueError(f"methods are compared on test rows, or else on val rows, and there are none in all of {names}")
+    raise ValueError(f"methods are compared on test rows, or else on val rows, and there are none in {names}")
 
 
 def _count(cell: Cell) -> int:

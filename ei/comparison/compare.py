@@ -49,8 +49,7 @@ def tabulated(plan: Plan, failed: dict[Cell, str]) -> dict[str, Any]:
         try:
             if cell in failed:
                 raise ValueError(failed[cell])
-            logits = StoredLogits.read(RunFolder(cell.folder).logits).of_split(plan.split)
-            results.append(Result(*where, logits, read_note(cell)))
+            results.append(Result(*where, _read_logits(cell).of_split(plan.split), read_note(cell)))
         except ValueError as error:
             failures.append(Failure(*where, str(error)))
     if not results:
@@ -74,3 +73,10 @@ def tabulated(plan: Plan, failed: dict[Cell, str]) -> dict[str, Any]:
     content = about | table
     write_comparison(content, plan.out)
     return content
+
+
+def _read_logits(cell: Cell) -> StoredLogits:
+    try:
+        return StoredLogits.read(RunFolder(cell.folder).logits)
+    except ValueError as error:
+        raise ValueError(f"{error}; delete it, and the same command writes it again") from error

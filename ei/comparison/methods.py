@@ -19,7 +19,7 @@ from urllib.parse import quote
 
 import yaml
 
-from ei.config import Config, Fusion, IdleError, ModelConfig
+from ei.config import Config, Fusion, ModelConfig
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "mor-no-bypass": {"adapter": "mor", "bypass": False},
@@ -103,18 +103,10 @@ class Method:
             else:
                 values[section] = changed
         own = {name for changed in self.changes.values() for name in changed}
-        while True:
-            try:
-                return Config.from_dict(values)
-            except IdleError as error:
-                idle = [name for name in error.names if name not in own]
-                if not idle:
-                    raise ValueError(f"method '{self.name}': {error}") from error
-                for shared in values.values():
-                    for name in idle:
-                        shared.pop(name, None)
-            except ValueError as error:
-                raise ValueError(f"method '{self.name}': {error}") from error
+        try:
+            return Config.without_idle(values, kept=own)
+        except ValueError as error:
+            raise ValueError(f"method '{self.name}': {error}") from error
 
 
 def find_method(name: str) -> Method:
@@ -130,7 +122,8 @@ def find_method(name: str) -> Method:
     if name.endswith((".yaml", ".yml")):
         return _from_file(Path(name))
     if name.startswith(ALONE):
-        return Method(name, {}, modality=name.removeprefix(ALONE))
+        # Whatever the shared fusion is, it is of one that has a first stage.
+        return Method(name, {"model": {"fusion": "late"}}, modality=name.removeprefix(ALONE))
     fusion, colon, adapter = _LATE.sub(r"late-\1", name).partition(":")
     if colon and not adapter:
         raise ValueError(f"method '{name}' must name an adapter after the colon, such as {name}lora")

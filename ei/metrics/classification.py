@@ -21,6 +21,8 @@ from ei.metrics.resampling import Floats, figure, patient_weights
 Bools = NDArray[np.bool_]
 
 OVERALL = ("mAP", "mAUC", "mS2", "accuracy")
+ROUNDING = 1e-12
+"""Figures that differ by less are equal."""
 CURVE_POINTS = 200
 """A curve is thinned to at most this many points."""
 
@@ -283,6 +285,8 @@ def resampled_figures(
 
 def compared(differences: Floats) -> dict[str, float | None]:
     """A difference of what :func:`resampled_figures` gives (1 + W,): ``value``, ``low``, ``high``, and ``p``."""
+    # What is left of a mean over seeds that cancel has a sign, and means nothing.
+    differences = np.where(np.abs(differences) < ROUNDING, 0.0, differences)
     value, others = differences[0], differences[1:]
     return figure(value, others) | {"p": _sign_p(value, others)}
 

@@ -40,8 +40,11 @@ def compare_runs(run: Path, other: Path, *, bootstrap: int, seed: int) -> dict[s
         seed: of the resampling.
 
     Raises:
-        ValueError: a run has no logits, or the runs have other classes, or were evaluated on other samples.
+        ValueError: it is the same run, one has no logits, or they have other classes, or were evaluated on other
+            samples.
     """
+    if run.resolve() == other.resolve():
+        raise ValueError(f"{run} and {other} are the same run, which does not differ from itself")
     ours, theirs = (_stored(path) for path in (run, other))
     if list(ours.classes) != list(theirs.classes):
         raise ValueError(

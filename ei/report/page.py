@@ -4,6 +4,7 @@ Reads what training and evaluation wrote (files, never a model), draws it with :
 ``page.html.jinja``. Names of classes, modalities and files come from users: the template escapes them all.
 """
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,14 @@ def write_report(run: Path, against: Path | None = None) -> Path:
     files = read_run(run)
     path = RunFolder(run).report
     page = _page(files) | {"comparison": _comparison_view(files, run, against)}
-    path.write_text(html_page(Path(__file__).parent / "page.html.jinja", page), encoding="utf-8")
+    text = html_page(Path(__file__).parent / "page.html.jinja", page)
+    # A run with a report counts as finished, so there must never be half of one.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return path
 
 

@@ -93,7 +93,7 @@ def open_run(run: str | Path) -> tuple[RunFolder, Config]:
     folder = RunFolder(Path(run))
     if not folder.config.is_file():
         raise ValueError(f"{folder.path} is no run: it has no {folder.config.name}")
-    return folder, Config.load(folder.config)
+    return folder, Config.load(folder.config, of_run=True)
 
 
 def stage1_checkpoint(

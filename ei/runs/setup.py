@@ -108,17 +108,13 @@ def resumes(folder: RunFolder, config: Config) -> bool:
     Raises:
         ValueError: it holds something else, or a run with other settings, which are listed.
     """
-    there = next(path for path in (folder.path, *folder.path.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise ValueError(f"{there} exists and is not a folder; choose another with --out")
-    if not os.access(there, os.W_OK):
-        raise ValueError(f"{there} cannot be written to; choose another folder with --out")
+    require_usable(folder.path)
     if not folder.config.is_file():
         # Names with a dot are what a run leaves that was killed before it began.
         if folder.path.exists() and any(not path.name.startswith(".") for path in folder.path.iterdir()):
             raise ValueError(f"{folder.path} is neither a run nor an empty folder; choose another with --out")
         return False
-    begun = Config.load(folder.config).to_dict()
+    begun = Config.load(folder.config, of_run=True).to_dict()
     # The contrastive loss of a joint embedding is among the samples that are taken through the model at once.
     fixed = {"micro_batch"} if config.model.fusion == "joint" else set()
     different = [
@@ -133,6 +129,15 @@ def resumes(folder: RunFolder, config: Config) -> bool:
             " with --out, or go on with the settings it has"
         )
     return True
+
+
+def require_usable(folder: Path) -> None:
+    """Raise a ValueError unless it is a folder that can be written to, or can be made one."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"{there} exists and is not a folder; choose another with --out")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"{there} cannot be written to; choose another folder with --out")
 
 
 @contextmanager

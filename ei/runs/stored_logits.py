@@ -44,7 +44,8 @@ class StoredLogits:
             # Of bytes, because numpy leaves a file open that is no archive.
             with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
                 arrays: dict[str, NDArray[Any]] = {name: file[name] for name in names}
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
+            # RuntimeError: one flipped bit, and zipfile takes it for encrypted or for compressed in an unknown way.
             raise ValueError(f"cannot read {path}: {error}") from error
         stored = cls(**arrays)
         sizes = (len(stored.sources), len(stored.ids), len(stored.classes))

@@ -101,6 +101,33 @@ def test_one_sentence_and_code_1(words, message, capsys):
     assert message in error and "Traceback" not in error
 
 
+@pytest.mark.fault("flags of values that a setting cannot have", "one sentence and exit code 1, as from a YAML file")
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("train --epochs 0", "ei train: epochs must be at least 1, got 0"),
+        (
+            "train --fusion late --int-hidden 5",
+            "ei train: with fusion 'late', int_hidden would change nothing; leave it out",
+        ),
+        ("compare --methods ei --std 1,0,1", "ei compare: std must be three positive numbers, got (1.0, 0.0, 1.0)"),
+        ("phantom --out nowhere --samples 0", "ei phantom: samples must be at least 20, got 0"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_one_sentence(words, message, capsys):
+    assert run(words.split()) == 1
+    assert capsys.readouterr().err == f"{message}\n"
+
+
+@pytest.mark.parametrize("words", ["train --epochs many", "train --ranks a,b", "train --fusion nope", "evaluate"])
+def test_what_is_no_value_of_a_flag_is_usage(words, capsys):
+    """With what the flag takes."""
+    with pytest.raises(SystemExit) as stopped:
+        run(words.split())
+    assert stopped.value.code == 2
+    assert "For full helptext" in capsys.readouterr().err
+
+
 def test_all_faults_of_a_manifest_at_once(manifest, tmp_path, capsys):
     text = manifest.read_text().replace("train0_cfp.png", "../secret.png").replace("grey,val1_cfp", "gray,val1_cfp")
     manifest.write_text(text)
@@ -151,6 +178,7 @@ def test_public_names():
     import ei
 
     names = {
+        "BaselineConfig",
         "Config",
         "DataConfig",
         "ModelConfig",

@@ -1,9 +1,20 @@
+import re
 from typing import get_args
 
 import pytest
 import yaml
 
-from ei.config import SHIPPED, BaselineConfig, Config, DataConfig, Fusion, ModelConfig, TrainConfig, find_config
+from ei.config import (
+    SHIPPED,
+    BaselineConfig,
+    Config,
+    DataConfig,
+    Fusion,
+    IdleError,
+    ModelConfig,
+    TrainConfig,
+    find_config,
+)
 from ei.data import derm7pt, mmc_amd, mrnet
 
 
@@ -129,6 +140,45 @@ def test_settings_that_would_change_nothing_are_refused(tmp_path, settings, mess
 )
 def test_what_is_not_idle_is_allowed(settings):
     Config.from_dict(settings)
+
+
+def test_of_a_run_what_would_change_nothing_is_left_out(tmp_path):
+    """An earlier version may have let it pass, and its runs stay readable."""
+    settings = {
+        "model": {"fusion": "late", "int_hidden": 5, "ranks": [2]},
+        "train": {"optimizer": "adamw", "momentum": 0.5},
+    }
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(settings))
+    expected = Config(model=ModelConfig(fusion="late", ranks=(2,)), train=TrainConfig(optimizer="adamw"))
+    assert Config.load(tmp_path / "c.yaml", of_run=True) == expected
+    with pytest.raises(ValueError, match=r"c\.yaml: with .* would change nothing"):
+        Config.load(tmp_path / "c.yaml")
+
+
+def test_settings_that_are_kept_are_refused_all_the_same():
+    settings = {"model": {"fusion": "late", "int_hidden": 5}, "train": {"aux_weight": 0.5}}
+    with pytest.raises(IdleError, match="int_hidden would change nothing"):
+        Config.without_idle(settings, kept={"int_hidden"})
+    assert Config.without_idle(settings, kept={"epochs"}) == Config(model=ModelConfig(fusion="late"))
+
+
+@pytest.mark.fault(
+    "config.yaml of a run with a field that this version has not, or with another type", "file and field named"
+)
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("data: {balance: true}", "balance must be one of off, oversample, auto, weights, got True"),
+        ("data: {resize: 3}", "unknown field of section 'data': resize; known are"),
+        ("a: [\n  b: c: d", "while parsing a flow sequence"),
+    ],
+)
+def test_a_run_of_another_version(tmp_path, text, message):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"cannot use the configuration {re.escape(str(path))}: .*{message}") as error:
+        Config.load(path, of_run=True)
+    assert "\n" not in str(error.value)
 
 
 def test_every_setting_of_a_baseline_is_of_one_fusion():

@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from ei import train
 from ei.cli import run
 from ei.comparison import cells
 from ei.comparison.cells import make_plan, run_plan
 from ei.comparison.compare import compare
+from ei.comparison.table import tabulate
 from ei.config import Config
 from ei.data.manifest import read_manifest
 from ei.demo import demo_config, pretrain, write_pairs
@@ -50,7 +52,9 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         manifest = read_manifest(config.data.manifest, config.data)
         config, folder = resolved(config, manifest), RunFolder(run)
         called.append(run)
-        for stage in [folder.stage1(name) for name in config.data.modalities] + [folder.stage2]:
+        roles = (False, True) if config.model.aux_backbone else (False,)
+        stages = [folder.stage1(name, role) for name in config.data.modalities for role in roles]
+        for stage in [*stages, folder.stage2]:
             stage.path.mkdir(parents=True, exist_ok=True)
             stage.finished.write_text("{}")
             record = {"epoch": 1, "loss": None, "val": None, "seconds": 2.0, "images_per_second": 10, "memory_gib": 1}
@@ -311,21 +315,6 @@ def test_what_cannot_be_is_said_before_training(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("note", "reason"), [("{", "Expecting"), ("[]", "must hold an object"), ("{}", "epochs, imag")]
-)
-def test_a_damaged_note(
-    note: str, reason: str, manifest: Path, study_config: Any, tmp_path: Path, pretended: list[Path]
-) -> None:
-    config, out = study_config(manifest), tmp_path / "out"
-    compare(config, ["ei"], out, seeds=1)
-    (out / "ei/seed-0/cell.json").write_text(note)
-    with pytest.raises(ValueError, match=f"cannot read .*cell.json: .*{reason}.*; delete it, and it is written again"):
-        compare(config, ["ei"], out, seeds=1)
-    (out / "ei/seed-0/cell.json").unlink()
-    assert compare(config, ["ei"], out, seeds=1)["methods"][0]["seeds"] == [0]
-
-
 def test_rows_without_the_only_modality_are_said_before_training(
     manifest: Path, study_config: Any, tmp_path: Path
 ) -> None:
@@ -385,6 +374,214 @@ def test_the_plan_writes_nothing(manifest: Path, tmp_path: Path, pretended: list
     assert not out.exists() and not pretended
     assert run(["compare", "--methods", "ei"]) == 1
     assert "compare needs --manifest FILE" in capsys.readouterr().err
+
+
+def test_a_baseline_without_a_first_stage_goes_on(
+    manifest: Path, study_config: Any, tmp_path: Path, pretended: list[Path]
+) -> None:
+    """What a cell's configuration resolves to depends on its method: such a run is saved with stages '2'."""
+    config, out = study_config(manifest), tmp_path / "out"
+    content = compare(config, ["ei", "mm-mil"], out, seeds=1)
+    cells_of = {cell.method.name: cell for cell in make_plan(config, ["ei", "mm-mil"], seeds=1, out=out).cells}
+    assert {name: cell.config.train.stages for name, cell in cells_of.items()} == {"ei": "both", "mm-mil": "2"}
+    for cell in cells_of.values():
+        assert cell.state == "done" and Config.load(cell.folder / "config.yaml") == cell.config
+    (out / "mm-mil/seed-0/cell.json").unlink()  # as if killed between the end of training and this note
+    assert compare(config, ["ei", "mm-mil"], out, seeds=1) == content
+    assert names(pretended, out) == ["ei/seed-0", "mm-mil/seed-0", "mm-mil/seed-0"]
+
+
+def test_one_modality_whatever_the_shared_fusion_is(manifest: Path, study_config: Any, tmp_path: Path) -> None:
+    base = study_config(manifest)
+    base = replace(base, model=replace(base.model, fusion="mm-mil"))
+    plan = make_plan(base, ["late", "uni:cfp"], seeds=1, out=tmp_path / "out")
+    assert [cell.config.train.stages for cell in plan.cells] == ["both", "both"]
+
+
+@pytest.mark.fault("cell.json of a comparison empty, cut, or of something else", "named, before training")
+@pytest.mark.parametrize("text", ["", "{", "{}", "[]", "[[1, 2]]", "5", "null", '{"manifest": "x"}'])
+def test_a_damaged_note(text: str, manifest: Path, study_config: Any, tmp_path: Path, pretended: list[Path]) -> None:
+    config, out = study_config(manifest), tmp_path / "out"
+    content = compare(config, ["ei"], out, seeds=1)
+    (out / "ei/seed-0/cell.json").write_text(text)
+    with pytest.raises(ValueError, match="cannot read .*cell.json: .*; delete it, and it is written again"):
+        compare(config, ["ei"], out, seeds=2)
+    (out / "ei/seed-0/cell.json").unlink()
+    assert compare(config, ["ei"], out, seeds=1) == content
+
+
+@pytest.mark.fault("logits.npz of a finished cell deleted or damaged", "named, and written again once it is deleted")
+def test_lost_logits(
+    manifest: Path, study_config: Any, tmp_path: Path, pretended: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, out = study_config(manifest), tmp_path / "out"
+    content = compare(config, ["ei"], out, seeds=2)
+    path = out / "ei/seed-0/logits.npz"
+    good = path.read_bytes()
+    path.write_bytes(good[:-100])
+    failed = compare(config, ["ei"], out, seeds=2)["methods"][0]["failed"]
+    assert len(failed) == 1 and "logits.npz" in failed[0]["reason"]
+    assert failed[0]["reason"].endswith("; delete it, and the same command writes it again")
+    path.unlink()
+    monkeypatch.setattr(cells, "train", lambda config, run: run)  # it is finished, and left alone
+    monkeypatch.setattr(cells, "evaluate", lambda run: RunFolder(run).logits.write_bytes(good))
+    assert compare(config, ["ei"], out, seeds=2) == content
+
+
+@pytest.mark.fault("an image that has changed since a cell of a comparison was trained", "refused before training")
+def test_images_that_have_changed_since(
+    manifest: Path, study_config: Any, tmp_path: Path, pretended: list[Path]
+) -> None:
+    config, out = study_config(manifest), tmp_path / "out"
+    compare(config, ["ei"], out, seeds=1)
+    spoil(manifest)
+    with pytest.raises(ValueError, match="an image of .*manifest.csv is not what it was when .*ei/seed-0 was trained"):
+        compare(config, ["ei", "ei:lora"], out, seeds=1)
+    assert len(pretended) == 1
+
+
+@pytest.mark.fault("an image that changes while a comparison runs", "cells after it fail, and say so")
+def test_images_that_change_meanwhile(
+    manifest: Path, study_config: Any, tmp_path: Path, pretended: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend = cells.train
+
+    def spoils(config: Config, run: Path) -> Path:
+        pretend(config, run)
+        spoil(manifest)
+        return run
+
+    monkeypatch.setattr(cells, "train", spoils)
+    content = compare(study_config(manifest), ["ei", "ei:lora"], tmp_path / "out", seeds=1)
+    assert not content["methods"][0]["failed"]
+    assert "an image of " in (reason := content["methods"][1]["failed"][0]["reason"])
+    assert "has changed while the comparison ran" in reason
+
+
+def spoil(manifest: Path) -> None:
+    """One image becomes another."""
+    image = manifest.with_name("train0_cfp.png")
+    image.write_bytes(manifest.with_name("train1_cfp.png").read_bytes())
+
+
+def test_only_a_method_with_auxiliary_vits_is_charged_for_them(
+    manifest: Path, study_config: Any, tmp_path: Path, pretended: list[Path]
+) -> None:
+    """Although the first stage that late fusion takes over lies beside theirs."""
+    config = study_config(manifest)
+    config = replace(config, model=replace(config.model, aux_backbone="tiny"))
+    content = compare(config, ["ei", "late"], tmp_path / "out", seeds=1)
+    assert Config.load(tmp_path / "out/late/seed-0/config.yaml").train.stage1_from
+    assert [method["cost"]["seconds"] for method in content["methods"]] == [10, 6]  # 2 s each
+    assert content["methods"][0]["cost"]["memory_gib"] is None  # on a CPU it is that of the process
+
+
+def test_a_first_stage_is_taken_from_where_it_was_trained(
+    manifest: Path, study_config: Any, tmp_path: Path, pretended: list[Path]
+) -> None:
+    """Not from a run that has taken it over itself, whatever the order: what it cost is written down where it was."""
+    config, out = study_config(manifest), tmp_path / "out"
+    compare(config, ["ei", "late"], out, seeds=1)
+    compare(config, ["late", "late:average", "ei"], out, seeds=1)
+    assert Config.load(out / "late+average/seed-0/config.yaml").train.stage1_from == str(out / "ei/seed-0")
+
+
+def test_one_modality_comes_after_those_that_train_it(
+    manifest: Path, study_config: Any, tmp_path: Path, pretended: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[tuple[str, int]] = []
+    monkeypatch.setattr(cells, "_evaluate_alone", lambda cell, _: done.append((cell.title, len(pretended))))
+    plan = make_plan(study_config(manifest), ["uni:cfp", "ei"], seeds=2, out=tmp_path / "out")
+    assert not run_plan(plan)
+    assert done == [("uni:cfp, seed 0", 2), ("uni:cfp, seed 1", 2)]
+
+
+def test_without_a_first_stage_there_is_none_of_one_modality(manifest: Path, study_config: Any, tmp_path: Path) -> None:
+    config = study_config(manifest, stages="2")
+    with pytest.raises(ValueError, match="none of the others has one"):
+        make_plan(config, ["ei", "uni:cfp"], seeds=1, out=tmp_path / "out")
+
+
+def test_patients_are_resampled_by_the_settings(
+    manifest: Path, study_config: Any, tmp_path: Path, pretended: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {}
+
+    def noted(*args: Any, **settings: Any) -> dict[str, Any]:
+        given.update(settings)
+        return tabulate(*args, **settings)
+
+    monkeypatch.setattr("ei.comparison.compare.tabulate", noted)
+    compare(study_config(manifest, seed=3, bootstrap=20), ["ei"], tmp_path / "out", seeds=1)
+    assert given == {"folds": [""], "bootstrap": 20, "seed": 3}
+
+
+def test_folds_of_one_name(folds: list[Path], study_config: Any, tmp_path: Path) -> None:
+    """Their folders would be one."""
+    with pytest.raises(ValueError, match="must have different names"):
+        make_plan(study_config(f"{folds[0]},{folds[0]}"), ["ei"], seeds=1, out=tmp_path / "out")
+
+
+def test_folds_of_which_some_have_no_test_rows(folds: list[Path], study_config: Any, tmp_path: Path) -> None:
+    """They would be compared on val rows, which nobody has asked for."""
+    folds[1].write_text("".join(line for line in folds[1].read_text().splitlines(True) if not line.startswith("test")))
+    config = study_config(",".join(map(str, folds)))
+    with pytest.raises(ValueError, match="folds are compared on test rows, and there are none in .*fold1.csv$"):
+        make_plan(config, ["ei"], seeds=1, out=tmp_path / "out")
+
+
+@pytest.mark.parametrize("method", ["ei", "uni:cfp"])
+def test_a_cell_whose_folder_is_a_file(method: str, manifest: Path, study_config: Any, tmp_path: Path) -> None:
+    path = tmp_path / "out" / method.replace(":", "+") / "seed-0"
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    with pytest.raises(ValueError, match="seed-0 exists and is not a folder"):
+        make_plan(study_config(manifest), ["late", method], seeds=1, out=tmp_path / "out")
+    assert path.read_text() == "mine"
+
+
+def test_one_modality_with_logits_that_are_not_finite(
+    manifest: Path, study_config: Any, tmp_path: Path, pretended: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would be taken for rows without an image, and the method measured on the others."""
+    config, out = study_config(manifest), tmp_path / "out"
+    monkeypatch.setattr(cells, "load", lambda run, modality: (torch.nn.Identity(), Config.load(run / "config.yaml")))
+    logits = np.zeros((9, 3), np.float32)
+    logits[2] = np.nan
+    monkeypatch.setattr(cells, "predict_rows", lambda *_, **__: Predictions(logits, {}, None))
+    content = compare(config, ["ei", "uni:cfp"], out, seeds=1)
+    assert "gives logits that are not finite" in content["methods"][1]["failed"][0]["reason"]
+    assert not (out / "uni+cfp").exists()
+
+
+@pytest.mark.fault(
+    "a module that is missing, or no memory, in a cell of a comparison", "in the table, the others go on"
+)
+@pytest.mark.parametrize(
+    "error",
+    [
+        ModuleNotFoundError("No module named 'peft'"),
+        MemoryError(),
+        OSError(28, "No space"),
+        ValueError("an image is gone"),
+    ],
+)
+def test_what_else_fails_in_a_cell(
+    error: Exception, manifest: Path, study_config: Any, tmp_path: Path, pretended: list[Path], monkeypatch: Any
+) -> None:
+    pretend, tried = cells.train, []
+
+    def fails(config: Config, run: Path) -> Path:
+        if config.model.fusion == "ei":
+            tried.append(run)
+            raise error
+        return pretend(config, run)
+
+    monkeypatch.setattr(cells, "train", fails)
+    content = compare(study_config(manifest), ["ei", "late"], tmp_path / "out", seeds=1)
+    assert [len(method["failed"]) for method in content["methods"]] == [1, 0]
+    assert content["methods"][0]["failed"][0]["reason"] == (str(error) or "MemoryError")
+    assert not (tmp_path / "out/ei/seed-0/cell.json").exists() and len(tried) == 1
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -108,11 +109,56 @@ def test_a_file_called_as_another_method(name: str, tmp_path: Path) -> None:
         (["ei:"], "method 'ei:' must name an adapter after the colon"),
         (["ei", "uni:mri"], "there is no modality 'mri', there are cfp, oct"),
         (["nowhere.yaml"], "cannot read the method nowhere.yaml"),
+        (["late:.."], "adapter must be"),
+        ([".hidden"], "names of their own, without a dot first, got '.hidden'"),
     ],
 )
 def test_methods_that_cannot_be_compared(names: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         find_methods(names, BASE)
+
+
+def test_methods_whose_folders_some_disks_take_for_one(tmp_path: Path) -> None:
+    paths = [tmp_path / "a" / "wide.yaml", tmp_path / "b" / "Wide.yaml"]
+    for number, path in enumerate(paths):
+        path.parent.mkdir()
+        path.write_text(f"model: {{int_hidden: {number + 5}}}")
+    with pytest.raises(ValueError, match="names of their own, .* got 'Wide'"):
+        find_methods([str(path) for path in paths], BASE)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "data: {manifest: x}",
+        "data: {modalities: [x]}",
+        "data: {labels: [x]}",
+        "data: {classes: [x]}",
+        "data: {allow_missing: true}",
+        "train: {seed: 1}",
+        "train: {bootstrap: 1}",
+        "train: {stage1_from: x}",
+    ],
+)
+def test_what_makes_methods_comparable_is_no_methods_own(tmp_path: Path, setting: str) -> None:
+    path = tmp_path / "m.yaml"
+    path.write_text(setting)
+    with pytest.raises(ValueError, match="which all methods of a comparison share"):
+        find_method(str(path))
+
+
+def test_every_setting_but_those_of_the_second_stage_makes_another_first_stage() -> None:
+    """Also a setting that there is not yet: what is not listed here counts."""
+    of_stage2 = {"fusion", "int_hidden", "int_from", "int_at", "aux_backbone", "aux_weights", "share_adapters"}
+    of_stage2 |= {"detach_fusion", "aux_weight", "gate_weight", "gate_prior", "stage1_from", "bootstrap"}
+    of_stage2 |= {"temperature", "report_images"}
+    base, free = BASE.to_dict(), set()
+    for section in ("data", "model", "train"):
+        for name in base[section]:
+            values = {**base, section: base[section] | {name: "another"}}
+            if stage1_key(SimpleNamespace(to_dict=lambda values=values: values)) == stage1_key(BASE):
+                free.add(name)
+    assert free == of_stage2
 
 
 def test_a_first_stage_is_shared_only_where_it_is_the_same() -> None:

@@ -19,7 +19,9 @@ from ei.metrics.calibration import fit_temperature, probabilities
 from ei.metrics.classification import summarise
 from ei.processes import Processes
 from ei.runs.checkpoint import read_checkpoint, write_checkpoint
+from ei.runs.folder import RunFolder
 from ei.runs.loading import load_trunk
+from ei.runs.setup import resumes
 from ei.runs.stored_logits import StoredLogits
 from mor import trainable_parameters
 
@@ -113,6 +115,16 @@ def test_load_takes_the_best_not_the_last(run):
     model, _ = load(run)
     loaded = trainable_parameters(model)
     assert all(torch.equal(loaded[name], tensor) for name, tensor in best.parameters.items())
+
+
+def test_a_run_with_a_setting_that_would_change_nothing_is_read_and_goes_on(run):
+    """As an earlier version wrote it, which did not refuse it."""
+    path = run / "config.yaml"
+    config = Config.load(path)
+    assert config.train.optimizer == "adamw"
+    path.write_text(path.read_text().replace("momentum: 0.95", "momentum: 0.5"))
+    assert load(run)[1] == config
+    assert resumes(RunFolder(run), config)
 
 
 def test_loading_leaves_the_callers_random_numbers_alone(finished):

@@ -15,6 +15,7 @@ from torchmetrics.functional import classification as torchmetrics_functional
 from ei.metrics import classification, resampling
 from ei.metrics.classification import (
     average_precision,
+    compared,
     mcnemar,
     paired_difference,
     roc_auc,
@@ -433,3 +434,10 @@ def test_mcnemar_is_a_sign_test_on_rows_that_differ() -> None:
     expected = 2 * sum(math.comb(11, k) for k in range(3)) / 2**11
     assert mcnemar(right, other) == mcnemar(other, right) == pytest.approx(expected)
     assert mcnemar(right, right) == 1.0
+
+
+def test_a_difference_that_only_rounding_has_left_is_none():
+    """Accuracies of three seeds that cancel: what is left has the same sign in every resampling."""
+    left = np.mean(np.tile([[0.3], [-0.1], [-0.2]], 101), axis=0)
+    assert left[0] != 0
+    assert compared(left) == {"value": 0, "low": 0, "high": 0, "p": 1}

@@ -40,6 +40,13 @@ def shuffled(content: StoredLogits) -> StoredLogits:
     return StoredLogits(content.classes, content.sources, **columns, logits=content.logits[:, order])
 
 
+def with_bit(archive: bytes, position: int) -> bytes:
+    """One bit more in the first entry of a zip archive's directory."""
+    changed = bytearray(archive)
+    changed[archive.index(b"PK\x01\x02") + position] ^= 1
+    return bytes(changed)
+
+
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     content = stored()
     read = StoredLogits.read(written(tmp_path / "run", content) / "logits.npz")
@@ -56,6 +63,8 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         lambda path: path.write_bytes(b""),
         lambda path: path.write_bytes(b"PK\x03\x04 but no more"),
         lambda path: path.write_bytes(path.read_bytes()[:-200]),
+        lambda path: path.write_bytes(with_bit(path.read_bytes(), 8)),  # "encrypted"
+        lambda path: path.write_bytes(with_bit(path.read_bytes(), 10)),  # "compressed"
         lambda path: np.savez(path, ids=np.array(["a"])),
         lambda path: path.write_bytes(stored(ids=np.array(["too few"])).as_bytes()),
         lambda path: np.savez(path, **vars(stored()) | {"ids": np.array([{"code": 1}], dtype=object)}),
@@ -76,7 +85,7 @@ def test_each_split_and_source_that_both_have_is_compared(tmp_path: Path) -> Non
         "val": ["fused", "oct"],
     }
     difference = found["test"][1]
-    rows = slice(0, 12)
+    rows = np.argsort(ours.ids[:12])  # patients are drawn in the order of their names
     expected = paired_difference(
         ours.logits[2, rows],
         theirs.logits[1, rows],
@@ -88,8 +97,7 @@ def test_each_split_and_source_that_both_have_is_compared(tmp_path: Path) -> Non
         seed=7,
     )
     assert (difference.samples, difference.patients) == (12, 6)
-    for name, entry in difference.measures.items():  # rows may come in another order, and patients with them
-        assert entry["value"] == pytest.approx(expected[name]["value"])
+    assert difference.measures == expected
     right = ours.logits[2, rows].argmax(1) == ours.labels[rows]
     other = theirs.logits[1, rows].argmax(1) == ours.labels[rows]
     assert (difference.only_this, difference.only_other) == ((right & ~other).sum(), (other & ~right).sum())
@@ -111,6 +119,8 @@ def test_rows_without_a_modality_are_left_out_for_it(tmp_path: Path) -> None:
     runs = written(tmp_path / "a", stored(logits=logits)), written(tmp_path / "b", stored(seed=1))
     found = compare_runs(*runs, bootstrap=0, seed=0)["test"]
     assert [(row.source, row.samples) for row in found] == [("fused", 12), ("cfp", 8)]
+    other_way_round = compare_runs(*runs[::-1], bootstrap=0, seed=0)["test"]
+    assert [(row.source, row.samples) for row in other_way_round] == [("fused", 12), ("cfp", 8)]
 
 
 def test_mcnemar_where_every_patient_has_one_row(tmp_path: Path) -> None:
@@ -154,6 +164,14 @@ def test_runs_on_other_samples_are_refused(tmp_path: Path, changes: dict, messag
     runs = written(tmp_path / "a", stored()), written(tmp_path / "b", stored(**changes))
     with pytest.raises(ValueError, match=message):
         compare_runs(*runs, bootstrap=0, seed=0)
+
+
+@pytest.mark.parametrize("name", ["a", "a/../a", "link"])
+def test_a_run_is_not_compared_with_itself(tmp_path: Path, name: str) -> None:
+    run = written(tmp_path / "a", stored())
+    (tmp_path / "link").symlink_to(run)
+    with pytest.raises(ValueError, match="are the same run, which does not differ from itself"):
+        compare_runs(run, tmp_path / name, bootstrap=0, seed=0)
 
 
 def test_a_run_without_logits_is_told_how_to_get_them(tmp_path: Path) -> None:

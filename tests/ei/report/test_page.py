@@ -727,3 +727,18 @@ def test_the_first_stage_of_auxiliary_vits_is_drawn(finished, undrawn, tmp_path)
     shutil.copytree(finished / "stage1/oct", tmp_path / "run/stage1-auxiliary/oct")
     text = write_report(tmp_path / "run").read_text()
     assert "Stage 1, auxiliary oct" in text and "Stage 1, auxiliary cfp" not in text
+
+
+@pytest.mark.fault("a disk that is full while a report is written", "the old report stays, whole")
+def test_there_is_never_half_a_report(run: Path, undrawn: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that has a report counts as finished."""
+    (run / "report.html").write_text("old")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr("ei.report.page.os.replace", full)
+        write_report(run)
+    assert (run / "report.html").read_text() == "old" and not list(run.glob(".report*"))
+    assert write_report(run).read_text().startswith("<!DOCTYPE html>")
