@@ -148,6 +148,13 @@ def test_there_must_be_two_modalities(name: str, build: Callable[..., Classifier
         build(name, ("oct",))
 
 
+@pytest.mark.parametrize(("fusion", "width"), [("cross", 16), ("sfusion", 64), ("raddiag", 64), ("mmrad", 32)])
+def test_heads_divide_the_width(build: Callable[..., Classifier], fusion: str, width: int) -> None:
+    """MMRAD's are those of its narrower attention."""
+    with pytest.raises(ValueError, match=f"^{fusion}_heads must divide the width of the attention, {width}, got 5$"):
+        build(fusion, **{f"{fusion}_heads": 5})
+
+
 def test_it_learns(name: str, build: Callable[..., Classifier], make_batch: Callable[..., Batch]) -> None:
     """Eight samples by heart, some of which lack a modality: the loss falls over 20 steps, by a quarter at least."""
     model, batch = build(name), make_batch(cfp=(1, 1, 1, 1, 1, 0, 1, 1), oct=(1, 2, 0, 1, 1, 1, 1, 1))
