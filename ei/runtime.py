@@ -85,12 +85,14 @@ def narrow_frozen(module: nn.Module, precision: str) -> None:
     """Hold frozen weights of linear layers and convolutions in the dtype to which :func:`arithmetic` casts them.
 
     Autocast would cast them anew in every step, because it keeps only the casts of weights that want a gradient.
-    The results are the same bits, in half the memory.
+    The results are the same bits, in half the memory. Layers that a method of huggingface/peft has adapted stay as they
+    are: some compute with the weight itself, and all make their parameters in its dtype.
     """
     if precision not in _NARROW:
         return
+    of_peft = {inner for layer in module.modules() if hasattr(layer, "base_layer") for inner in layer.modules()}
     for layer in module.modules():
-        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+        if isinstance(layer, (nn.Linear, nn.Conv2d)) and layer not in of_peft:
             for parameter in layer.parameters(recurse=False):
                 if not parameter.requires_grad:
                     parameter.data = parameter.data.to(_NARROW[precision])

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ei.baselines.fusion_model import FusionModel
+from ei.baselines.fusion_model import FusionModel, require_divided
 from ei.config import BaselineConfig
 from ei.data.sample import Batch
 from ei.models.backbone import Backbone
@@ -21,6 +21,9 @@ class CrossAttention(FusionModel):
 
     q_t are the patches of modality t after the final norm, through a linear layer of that modality. The mean is over
     the modalities that are there; one that has no other beside it keeps its q_t.
+
+    Raises:
+        ValueError: the heads do not divide the width.
     """
 
     fusion: nn.ModuleDict
@@ -30,6 +33,7 @@ class CrossAttention(FusionModel):
     ) -> None:
         super().__init__(modalities, fresh)
         width = settings.cross_width
+        require_divided(width, "cross_heads", settings.cross_heads)
         self.projections = nn.ModuleDict({module_key(name): nn.Linear(self.width, width) for name in modalities})
         self.fusion = nn.ModuleDict({module_key(name): Looking(width, settings.cross_heads) for name in modalities})
         self.head = nn.Linear(width, num_classes)

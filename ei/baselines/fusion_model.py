@@ -60,6 +60,15 @@ class FusionModel(Classifier):
         }
 
 
+def require_divided(width: int, name: str, heads: int) -> None:
+    """Raise a ValueError if an attention of this width cannot have so many heads, which the setting ``name`` asks for.
+
+    >>> require_divided(768, "sfusion_heads", 4)
+    """
+    if width % heads:
+        raise ValueError(f"{name} must divide the width of the attention, {width}, got {heads}")
+
+
 def encoders(modalities: Sequence[str], fresh: Callable[[], Backbone]) -> nn.ModuleDict:
     """An :class:`Encoder` of each modality."""
     return nn.ModuleDict({module_key(modality): Encoder(fresh(), modality) for modality in modalities})

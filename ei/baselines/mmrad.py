@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ei.baselines.fusion_model import FusionModel
+from ei.baselines.fusion_model import FusionModel, require_divided
 from ei.config import BaselineConfig
 from ei.data.sample import Batch
 from ei.models.backbone import Backbone
@@ -27,6 +27,7 @@ class MMRAD(FusionModel):
 
     Raises:
         ImportError: transformers, which has the decoder, is not installed.
+        ValueError: the heads do not divide the width.
 
     Source: Information Fusion 113 (2025) 102631. Its code is not public: prompts and depth are the smallest that give
     the number of parameters that arXiv 2603.17514 prints.
@@ -36,6 +37,8 @@ class MMRAD(FusionModel):
         self, modalities: Sequence[str], fresh: Callable[[], Backbone], num_classes: int, settings: BaselineConfig
     ) -> None:
         super().__init__(modalities, fresh)
+        # That between modalities has half the width of that within one.
+        require_divided(self.width // 2, "mmrad_heads", settings.mmrad_heads)
         self.fusion = Decoder(self.width, settings)
         self.head = nn.Linear(self.width, num_classes)
         width = settings.mmrad_prompt_width

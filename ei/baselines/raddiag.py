@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ei.baselines.fusion_model import FusionModel
+from ei.baselines.fusion_model import FusionModel, require_divided
 from ei.config import BaselineConfig
 from ei.data.sample import Batch
 from ei.models.backbone import Backbone
@@ -22,7 +22,8 @@ class RadDiag(FusionModel):
     embeddings of the modalities; the head is Linear, GELU, Linear. The loss on key slices is not here.
 
     Raises:
-        ValueError: there are more modalities than embeddings, or more images of one than positions.
+        ValueError: there are more modalities than embeddings, or more images of one than positions, or the heads do not
+            divide the width.
 
     Source: Nature Communications 15 (2024) 10147, arXiv 2312.16151.
     """
@@ -36,6 +37,7 @@ class RadDiag(FusionModel):
                 f"raddiag_table must have a row for each of {len(modalities)} modalities, got {settings.raddiag_table}"
             )
         width = self.width
+        require_divided(width, "raddiag_heads", settings.raddiag_heads)
         self.of_images = SetTransformer(width, layers=1, heads=1, positions=settings.raddiag_slices)
         self.embeddings = nn.Embedding(settings.raddiag_table, width)
         self.fusion = SetTransformer(width, settings.raddiag_layers, settings.raddiag_heads)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ei.baselines.fusion_model import FusionModel
+from ei.baselines.fusion_model import FusionModel, require_divided
 from ei.config import BaselineConfig
 from ei.data.sample import Batch
 from ei.models.backbone import Backbone
@@ -22,6 +22,9 @@ class SFusion(FusionModel):
 
     The weight of a modality is the mean of w over places and channels.
 
+    Raises:
+        ValueError: the heads do not divide the width.
+
     Source: MICCAI 2023, arXiv 2208.12776, in two dimensions.
     """
 
@@ -29,6 +32,7 @@ class SFusion(FusionModel):
         self, modalities: Sequence[str], fresh: Callable[[], Backbone], num_classes: int, settings: BaselineConfig
     ) -> None:
         super().__init__(modalities, fresh)
+        require_divided(self.width, "sfusion_heads", settings.sfusion_heads)
         self.fusion = MapFusion(
             len(modalities),
             self.width,

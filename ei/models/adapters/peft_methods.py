@@ -3,7 +3,8 @@
 import copy
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,8 +25,8 @@ def method_of_peft(backbone: Backbone, config: ModelConfig) -> None:
 
     Raises:
         ImportError: peft is not installed.
-        ValueError: peft has no such method, or it cannot be used so: it needs settings that have no default, trains
-            nothing, or changes the frozen weights themselves.
+        ValueError: peft has no such method, or it cannot be used so: it needs settings that have no default, or more
+            than a layer's input, trains nothing, or changes the frozen weights themselves.
     """
     vit, name = backbone.vit, config.adapter.removeprefix(OF_PEFT)
     targets = _layer_norms(vit) if name == "ln_tuning" else resolve(vit, config.targets)
@@ -34,10 +35,12 @@ def method_of_peft(backbone: Backbone, config: ModelConfig) -> None:
     trial = copy.deepcopy(vit)
     frozen = list(trial.parameters())
     _inject(trial, name, targets)
-    if not mor.trainable_parameters(trial):
+    if not any(parameter.numel() for parameter in mor.trainable_parameters(trial).values()):
         raise ValueError(f"adapter '{config.adapter}' would train nothing of the ViT")
     if not all(_equal(tensor, copied) for tensor, copied in zip(vit.parameters(), frozen, strict=True)):
         raise ValueError(f"adapter '{config.adapter}' changes the frozen weights themselves, which are shared here")
+    with _in_one_sentence(name):
+        _pass_zeros(vit, trial, targets)
     _inject(vit, name, targets)
 
 
@@ -60,11 +63,28 @@ def _inject(vit: nn.Module, name: str, targets: list[str]) -> None:
         settings["feedforward_modules"] = _pattern(
             each for each, role in role_of(vit, targets).items() if role == "fc2"
         )
+    with _in_one_sentence(name), warnings.catch_warnings():
+        # Said of every LayerNorm that is a subclass of torch's, as timm's are.
+        warnings.filterwarnings("ignore", "Unsupported layer type .*LayerNorm")
+        inject_adapter_in_model(configs[name](**settings), vit)
+
+
+@torch.no_grad()
+def _pass_zeros(plain: nn.Module, adapted: nn.Module, targets: Iterable[str]) -> None:
+    """One row of zeros through each adapted layer: some methods are made for other inputs, and say so only then."""
+    for target in targets:
+        weight = plain.get_submodule(target).weight
+        assert isinstance(weight, Tensor)
+        # Without weights there is nothing to compute, and some methods look at values.
+        if not weight.is_meta:
+            adapted.get_submodule(target)(weight.new_zeros(1, weight.shape[-1]))
+
+
+@contextmanager
+def _in_one_sentence(name: str) -> Iterator[None]:
+    """Whatever goes wrong with a method becomes a ValueError that names it."""
     try:
-        with warnings.catch_warnings():
-            # Said of every LayerNorm that is a subclass of torch's, as timm's are.
-            warnings.filterwarnings("ignore", "Unsupported layer type .*LayerNorm")
-            inject_adapter_in_model(configs[name](**settings), vit)
+        yield
     except Exception as error:  # each method has its own demands, and its own way to voice them
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise ValueError(f"adapter '{OF_PEFT}{name}' cannot be used here: {reason}") from error

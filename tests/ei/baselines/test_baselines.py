@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from ei.baselines import BASELINES
 from ei.data.sample import Batch
 from ei.losses import loss_terms, shares
 from ei.models import Classifier, Output, count_trainable
+from ei.runs.checkpoint import read_checkpoint, restore, trained_state, write_checkpoint
 
 HAS_TRANSFORMERS = find_spec("transformers") is not None
 NAMES = [
@@ -146,6 +148,13 @@ def test_there_must_be_two_modalities(name: str, build: Callable[..., Classifier
         build(name, ("oct",))
 
 
+@pytest.mark.parametrize(("fusion", "width"), [("cross", 16), ("sfusion", 64), ("raddiag", 64), ("mmrad", 32)])
+def test_heads_divide_the_width(build: Callable[..., Classifier], fusion: str, width: int) -> None:
+    """MMRAD's are those of its narrower attention."""
+    with pytest.raises(ValueError, match=f"^{fusion}_heads must divide the width of the attention, {width}, got 5$"):
+        build(fusion, **{f"{fusion}_heads": 5})
+
+
 def test_it_learns(name: str, build: Callable[..., Classifier], make_batch: Callable[..., Batch]) -> None:
     """Eight samples by heart, some of which lack a modality: the loss falls over 20 steps, by a quarter at least."""
     model, batch = build(name), make_batch(cfp=(1, 1, 1, 1, 1, 0, 1, 1), oct=(1, 2, 0, 1, 1, 1, 1, 1))
@@ -169,6 +178,34 @@ def test_bf16_autocast(model: Classifier, make_batch: Callable[..., Batch]) -> N
         with torch.autocast("cpu", dtype=torch.bfloat16):
             rounded = model(batch).logits
     torch.testing.assert_close(rounded.float(), exact, rtol=0.1, atol=0.1 * float(exact.abs().max()))
+
+
+def test_evaluation_draws_nothing(model: Classifier, make_batch: Callable[..., Batch]) -> None:
+    batch = having(make_batch, PATTERNS["mixed"])
+    model.eval()
+    with torch.no_grad():
+        assert torch.equal(model(batch).logits, model(batch).logits)
+
+
+def test_a_checkpoint_is_all_that_was_learned(
+    name: str, build: Callable[..., Classifier], make_batch: Callable[..., Batch], tmp_path: Path
+) -> None:
+    """On the same frozen weights, whatever else was drawn, the same bits."""
+    model, batch = build(name).eval(), make_batch(cfp=(1, 2, 0), oct=(1, 0, 1))
+    write_checkpoint(tmp_path / "best.safetensors", trained_state(model), {})
+    other = build(name).eval()
+    frozen = {key: item for key, item in model.named_parameters() if not item.requires_grad}
+    with torch.no_grad():
+        for key, parameter in other.named_parameters():
+            if not parameter.requires_grad:
+                parameter.copy_(frozen[key])
+    stored = read_checkpoint(tmp_path / "best.safetensors").parameters
+    restore(other, stored)
+    with torch.no_grad():
+        assert torch.equal(model(batch).logits, other(batch).logits)
+    assert stored.keys() == {key for key, item in model.named_parameters() if item.requires_grad}
+    # Of frozen backbones with adapters, nothing but the adapters.
+    assert all("mor_" in key for key in stored if ".backbone." in key)
 
 
 def test_any_name_of_a_modality(name: str, build: Callable[..., Classifier], make_batch: Callable[..., Batch]) -> None:

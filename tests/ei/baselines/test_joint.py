@@ -97,6 +97,21 @@ def test_the_model_s_loss_is_the_mean_over_pairs(build, make_batch) -> None:
     torch.testing.assert_close(model(batch).penalties["contrastive"], expected)
 
 
+def test_the_classifier_reads_the_mean_of_units(build, make_batch) -> None:
+    model, batch = build("joint"), make_batch(cfp=(1, 1), oct=(1, 0))
+    one, other = model.embed(batch).unbind(1)
+    mean = torch.stack([(one[0] + other[0]) / 2, one[1]])
+    torch.testing.assert_close(model(batch).logits, model.head(4 * mean))  # the width is 16
+
+
+def test_units_are_fp32_in_narrow_arithmetic(build, make_batch) -> None:
+    model = build("joint").eval()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        units = model.embed(make_batch(cfp=(1, 1), oct=(1, 1)))
+    assert units.dtype == torch.float32
+    torch.testing.assert_close(units.norm(dim=-1), torch.ones(2, 2))
+
+
 def test_identical_modalities_find_each_other(build, make_batch) -> None:
     """With one ViT and one projection for both, and the same images, every query finds its own at once."""
     model = build("joint").eval()

@@ -30,6 +30,10 @@ def test_by_hand() -> None:
     torch.testing.assert_close(logits, weights[:, :1] * LOGITS[0] + weights[:, 2:] * LOGITS[2])
 
 
+def test_learned_weights_start_as_the_mean() -> None:
+    torch.testing.assert_close(Weighted(3)([], LOGITS, TWO)[0], Average()([], LOGITS, TWO)[0])
+
+
 @pytest.mark.parametrize("name", ["average", "max", "weighted"])
 def test_an_absent_modality_might_never_have_been_there(name: str) -> None:
     logits = rules()[name]([], LOGITS, TWO)[0]

@@ -19,6 +19,23 @@ def test_the_decoder_comes_with_the_paper_s_number_of_parameters() -> None:
     assert sum(item.numel() for item in decoder.transformer.parameters()) == 9_063_296
 
 
+def test_the_task_token_asks_first_and_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys are the others' tokens without positions, which they have from their ViTs."""
+    from ei.baselines.mmrad import Decoder
+    from ei.config import BaselineConfig
+
+    decoder = Decoder(8, BaselineConfig(mmrad_heads=2, mmrad_mlp=16))
+    target, others, answers = torch.randn(2, 3, 8), torch.randn(2, 5, 8), torch.randn(2, 1, 4, 8)
+
+    def transformer(queries, keys, positions, *, attention_similarity):
+        assert torch.equal(queries[:, 0], torch.cat([decoder.task.expand(2, 1, 8), target], dim=1))
+        assert torch.equal(keys[..., 0].mT, others) and not positions.any() and attention_similarity is None
+        return answers, keys
+
+    monkeypatch.setattr(decoder.transformer, "forward", transformer)
+    assert torch.equal(decoder(target, others), answers[:, 0, 0])
+
+
 def test_prompts_are_their_formula_and_reach_every_block(trunk_of) -> None:
     backbone = trunk_of(9)  # 8 patches a side of 2 px, 7 px of padding
     net, images = PromptNet(backbone, 5), torch.randn(2, 3, 9, 9)

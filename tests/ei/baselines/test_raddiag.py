@@ -1,7 +1,10 @@
 """A transformer over a modality's images, and one over the modalities."""
 
+import math
+
 import pytest
 import torch
+from torch import Tensor, nn
 
 from ei.baselines.raddiag import SetTransformer
 
@@ -23,6 +26,41 @@ def test_what_is_not_there_is_not_seen(training: bool) -> None:
         found = transformer(items, there)
         torch.testing.assert_close(found[:1], transformer(items[:1, :2], there[:1, :2]))
         torch.testing.assert_close(found[1:], transformer(items[1:, :0], there[1:, :0]))
+
+
+def by_hand(transformer: SetTransformer, items: Tensor) -> Tensor:
+    """(n, D) of one sample -> (D,): a pre-norm transformer with ReLU, layer by layer."""
+    x = torch.cat([transformer.cls[None], items])
+    if transformer.positions is not None:
+        x = x + transformer.positions[: len(x)]
+    for layer in transformer.layers.layers:
+        y = layer.norm1(x)
+        x = x + layer.self_attn(y, y, y)[0]
+        x = x + layer.linear2(layer.linear1(layer.norm2(x)).relu())
+    return transformer.layers.norm(x)[0]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_it_is_its_formula(build, make_batch, training: bool) -> None:
+    model, batch = build("raddiag").train(training), make_batch(cfp=(1, 2), oct=(3, 0))
+    expected = []
+    for row, names in enumerate((("cfp", "oct"), ("cfp",))):
+        volumes = [
+            by_hand(model.of_images, model.encoder(name).by_image(batch)[row][batch.present[name][row]])
+            + model.embeddings.weight[("cfp", "oct").index(name)]
+            for name in names
+        ]
+        first, _, last = model.head
+        expected.append(last(nn.functional.gelu(first(by_hand(model.fusion, torch.stack(volumes))))))
+    torch.testing.assert_close(model(batch).logits, torch.stack(expected), rtol=1e-4, atol=1e-5)
+    heads = [[layer.self_attn.num_heads for layer in part.layers.layers] for part in (model.of_images, model.fusion)]
+    assert heads == [[1], [4, 4]]
+
+
+def test_matrices_start_as_xavier_s() -> None:
+    layer = SetTransformer(64, layers=1, heads=1).layers.layers[0]
+    for matrix, fans in ((layer.linear1.weight, 128), (layer.self_attn.in_proj_weight, 256)):
+        assert 0.95 * math.sqrt(6 / fans) < matrix.abs().max() <= math.sqrt(6 / fans)
 
 
 def test_images_and_modalities_beyond_the_tables(build, make_batch) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ei.baselines.sfusion import MapFusion, sinusoids
 
@@ -58,6 +58,17 @@ def test_rows_and_columns_are_not_mixed_up() -> None:
     assert (weights[0, 0, :, 0, 1] > 0.99).all() and (weights[0, 0, :, 1, 0] == 0.5).all()
 
 
+def test_the_layers_are_post_norm_and_know_positions() -> None:
+    block, maps = fusion(4, 4, modalities=2), torch.randn(1, 2, 16, 8)  # the pooling changes nothing
+    block.enlarge = nn.Identity()
+    x = maps.flatten(1, 2) + sinusoids(32, 8)
+    (layer,) = block.layers.layers
+    x = layer.norm1(x + layer.self_attn(x, x, x)[0])
+    x = layer.norm2(x + layer.linear2(layer.linear1(x).relu()))
+    expected = x.unflatten(1, (2, 16)).mT.unflatten(-1, (4, 4)).softmax(1)
+    torch.testing.assert_close(block(maps, torch.ones(1, 2, dtype=torch.bool))[1], expected)
+
+
 def test_positions() -> None:
     table = sinusoids(50, 8)
     torch.testing.assert_close(table[:, 0], torch.arange(50.0).sin())
@@ -66,4 +77,14 @@ def test_positions() -> None:
 
 def test_depth_and_dropout_are_settings(build) -> None:
     model = build("sfusion", sfusion_layers=3, sfusion_dropout=0.25)
-    assert len(model.fusion.layers.layers) == 3 and model.fusion.dropout.p == 0.25
+    assert len(model.fusion.layers.layers) == 3
+    rates = [module.p for module in model.fusion.modules() if isinstance(module, nn.Dropout)]
+    assert rates == [0.25] * (1 + 3 * 3) and {layer.self_attn.dropout for layer in model.fusion.layers.layers} == {0.25}
+
+
+def test_what_the_layers_read_is_dropped_in_training_alone() -> None:
+    block, read = MapFusion(2, 8, 4, layers=1, heads=2, grid=4, dropout=0.5), []
+    block.layers.register_forward_pre_hook(lambda _, given: read.append(given[0]))
+    for training in (True, False):
+        block.train(training)(torch.randn(1, 2, 16, 8), torch.ones(1, 2, dtype=torch.bool))
+    assert 0.3 < float((read[0] == 0).float().mean()) < 0.7 and read[1].all()

@@ -35,6 +35,10 @@ def test_it_is_one_sequence(build, make_batch, embeddings: bool) -> None:
         torch.testing.assert_close(output[[row]], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_embeddings_start_as_nothing(build) -> None:
+    assert not build("unimodel").embeddings.weight.any()
+
+
 def test_registers_are_there_once() -> None:
     settings = ModelConfig(backbone="vit_small_patch14_reg4_dinov2", pretrained=False)
     backbone = load_backbone(settings, 28)

@@ -76,6 +76,16 @@ def test_what_is_named_learns_and_the_rest_is_the_trunks(trunk: Backbone, adapte
     assert all(torch.equal(tensor, before[name]) for name, tensor in trunk.state_dict().items())
 
 
+@pytest.mark.parametrize("adapter", LEARNING)
+def test_where_it_starts(trunk: Backbone, adapter: str) -> None:
+    """At the frozen backbone; but prompts are tokens whatever they are, and rlrr draws its scales."""
+    if adapter.startswith("peft:"):
+        pytest.importorskip("peft")
+    images = torch.randn(2, 3, 8, 8)
+    starts_there = torch.allclose(adapted(trunk, settings_of(adapter))(images), trunk(images), atol=1e-5)
+    assert starts_there == (adapter not in ("vpt", "rlrr"))
+
+
 @pytest.mark.parametrize("adapter", [*(name for name in LEARNING if name != "frozen"), "peft:randlora"])
 def test_what_was_learned_fits_another_fork(trunk: Backbone, adapter: str) -> None:
     """As a checkpoint's parameters are put on the trunk again, whatever the random numbers are by then.
@@ -95,9 +105,9 @@ def test_what_was_learned_fits_another_fork(trunk: Backbone, adapter: str) -> No
     assert not torch.equal(first(images), trunk(images))
 
 
-@pytest.mark.parametrize("adapter", LEARNING)
+@pytest.mark.parametrize("adapter", [*LEARNING, "peft:hira", "peft:osf"])
 def test_training_in_bf16_computes_what_evaluation_does(trunk: Backbone, adapter: str) -> None:
-    """Training holds frozen weights in bf16; what rescales them must do so before they are rounded."""
+    """Training holds frozen weights in bf16; what rescales or decomposes them must do so before they are rounded."""
     if adapter.startswith("peft:"):
         pytest.importorskip("peft")
     backbone = adapted(trunk, settings_of(adapter))
@@ -107,6 +117,20 @@ def test_training_in_bf16_computes_what_evaluation_does(trunk: Backbone, adapter
         expected = backbone(images)
         narrow_frozen(backbone, "bf16")
         assert torch.equal(backbone(images), expected)
+
+
+@pytest.mark.parametrize("adapter", [*LEARNING, "peft:lora", "peft:osf"])
+def test_a_second_stage_after_one_in_bf16_learns_in_fp32(trunk: Backbone, adapter: str) -> None:
+    """Its adapters are made on a trunk whose weights the first stage holds in bf16, and start where they would have."""
+    if adapter.startswith("peft:"):
+        pytest.importorskip("peft")
+    torch.manual_seed(1)
+    first = adapted(trunk, settings_of(adapter))
+    narrow_frozen(first, "bf16")
+    torch.manual_seed(1)
+    second = mor.trainable_parameters(adapted(trunk, settings_of(adapter)))
+    assert all(parameter.dtype == torch.float32 for parameter in second.values())
+    assert all(torch.equal(parameter, first.get_parameter(name)) for name, parameter in second.items())
 
 
 @pytest.mark.parametrize("adapter", LEARNING)

@@ -37,12 +37,39 @@ def test_ln_tuning_finds_norms_by_their_whole_names(trunk: Backbone) -> None:
         ("peft:adalora", "adapter 'peft:adalora' cannot be used here: AdaLoRA does not work when `total_step` is None"),
         ("peft:prefix_tuning", "adapter 'peft:prefix_tuning' cannot be used here: "),
         ("peft:vera", "adapter 'peft:vera' cannot be used here: .* shared state"),
+        ("peft:poly", "adapter 'peft:poly' cannot be used here: task_ids should not be None$"),
+        ("peft:trainable_tokens", "adapter 'peft:trainable_tokens' would train nothing of the ViT"),
     ],
 )
 def test_methods_that_cannot_be_used(trunk: Backbone, adapter: str, message: str) -> None:
     with pytest.raises(ValueError, match=message) as refused:
         adapted(trunk, ModelConfig(adapter=adapter))
     assert "\n" not in str(refused.value)
+
+
+def test_every_method_of_peft_works_or_is_refused_at_once(trunk: Backbone) -> None:
+    """None passes and fails in the first step of training."""
+    images, used = torch.randn(2, 3, 8, 8), []
+    for kind in peft.PeftType:
+        try:
+            backbone = adapted(trunk, ModelConfig(adapter=f"peft:{kind.value.lower()}"))
+        except ValueError as refused:
+            assert "\n" not in str(refused)
+            continue
+        backbone(images).square().sum().backward()
+        assert all(parameter.grad is not None for parameter in mor.trainable_parameters(backbone).values()), kind
+        used.append(kind.value.lower())
+    assert {"lora", "ia3", "ln_tuning", "loha", "lokr", "oft", "randlora"} <= set(used)
+    assert not {"poly", "trainable_tokens", "prefix_tuning"} & set(used)
+
+
+def test_a_method_that_needs_another_input_is_refused(trunk: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it is called."""
+    from peft.tuners.lora.layer import Linear
+
+    monkeypatch.setattr(Linear, "forward", lambda self, x, task_ids: x)
+    with pytest.raises(ValueError, match="adapter 'peft:lora' cannot be used here: .* missing 1 required .*'task_ids'"):
+        adapted(trunk, ModelConfig(adapter="peft:lora"))
 
 
 def test_a_method_that_changes_frozen_weights_is_refused_and_they_are_kept(
