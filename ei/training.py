@@ -92,7 +92,7 @@ def train(config: Config, run: str | Path) -> Path:
     tell_warnings(manifest, config.data.manifest)
     config = resolved(config, manifest)
     require_measurable(manifest, alone=config.train.stages == "both")
-    going_on = processes.first(lambda: resumes(folder, config))
+    processes.first(lambda: resumes(folder, config))
     if config.train.compile != "off":
         require_compiler(processes.device)
     if config.train.tensorboard:
@@ -116,7 +116,7 @@ def train(config: Config, run: str | Path) -> Path:
             stages = stages.with_auxiliary(aux_trunk)
         taken = stages.taken_over()
         with locked(folder) if processes.is_first else nullcontext():
-            if processes.is_first and not going_on:
+            if processes.is_first and not resumes(folder, config):  # asked again: another may have begun meanwhile
                 config.save(folder.config)
             stages.run(folder, taken)
             if has_evaluation:
@@ -437,6 +437,12 @@ class Loop:
     def _compare_environment(self, was: Mapping[str, str]) -> None:
         now = self._environment()
         changed = [f"{name} (was {was.get(name)}, is {value})" for name, value in now.items() if was.get(name) != value]
+        # The contrastive loss of a joint embedding is among the samples that a process takes through the model at once.
+        if self.config.model.fusion == "joint" and was.get("samples at once") != now["samples at once"]:
+            raise ValueError(
+                f"{self.folder.path} was begun with {was.get('samples at once')} samples at once, now there are"
+                f" {now['samples at once']}, and other negatives with them; go on with as many processes as before"
+            )
         if changed:
             say(f"note: weights may differ in their last bits from those of an unbroken run: {', '.join(changed)}")
 

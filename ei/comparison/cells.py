@@ -115,6 +115,11 @@ def make_plan(config: Config, names: Sequence[str], *, seeds: int, out: Path) ->
         raise ValueError(f"seeds must be at least 1, got {seeds}")
     methods = find_methods(names, config)
     manifests = _read_folds(config)
+    if config.train.stage1_from and (seeds > 1 or len(manifests) > 1):
+        raise ValueError(
+            "stage1_from is one first stage, of one seed and one manifest; leave it out, or compare with --seeds 1 on"
+            " one manifest"
+        )
     split = _split_of(manifests)
     first = next(iter(manifests.values()))
     cells = []

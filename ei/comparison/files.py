@@ -4,7 +4,7 @@ Names of methods, classes and modalities come from users: each format escapes th
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ def text_lines(content: Mapping[str, Any]) -> list[str]:
     The columns after the difference of the mAP to the first method say how likely so large a one is by the choice of
     patients (p), and how long one seed took.
     """
-    rows = [["", "parameters", "mAP", "mAUC", "mS2", "mAP - first", "p", "time"]]
+    rows = [["", "parameters", "seeds", "mAP", "mAUC", "mS2", "mAP - first", "p", "time"]]
     for method in content["methods"]:
         fused = method["sources"].get("fused")
         difference = (fused or {}).get("difference")
@@ -65,6 +65,7 @@ def text_lines(content: Mapping[str, Any]) -> list[str]:
             [
                 method["name"],
                 f"{method['parameters']:,}",
+                str(len(method["seeds"])),
                 *(_interval(fused["measures"][name]) if fused else UNKNOWN for name in OVERALL[:3]),
                 signed(difference["mAP"]["value"]) if difference else UNKNOWN,
                 number(difference["mAP"]["p"]) if difference else UNKNOWN,
@@ -85,13 +86,14 @@ def latex(content: Mapping[str, Any]) -> str:
         [
             latex_escaped(method["name"]),
             f"{method['parameters']:,}",
+            str(len(method["seeds"])),
             *_tex_figures(method, "fused", "measures", OVERALL[:3]),
             *_tex_difference(method),
             latex_escaped(duration(method["cost"]["seconds"])),
         ]
         for method in content["methods"]
     ]
-    header = ["Method", "Parameters", "mAP", "mAUC", "mS2", r"$\Delta$ mAP", "$p$", "Time"]
+    header = ["Method", "Parameters", "Seeds", "mAP", "mAUC", "mS2", r"$\Delta$ mAP", "$p$", "Time"]
     classes = content["classes"]
     per_class = [
         [latex_escaped(method["name"]), *_tex_figures(method, "fused", "per_class", classes)]
@@ -99,9 +101,9 @@ def latex(content: Mapping[str, Any]) -> str:
     ]
     tables = [
         f"% {_headline(content)}",
-        "% Small: 95 % interval of the mean over seeds. Needs \\usepackage{booktabs}.",
+        "% Small: 95 % interval of the mean over seeds, and their standard deviation. Needs \\usepackage{booktabs}.",
         *(f"% {' '.join(line.split())}" for line in _failures(content)),
-        _tabular(header, main, "lrllllll"),
+        _tabular(header, main, "lrrllllll"),
         "% AP of each class",
         _tabular(["Method", *map(latex_escaped, classes)], per_class, "l" * (1 + len(classes))),
     ]
@@ -113,7 +115,7 @@ def latex(content: Mapping[str, Any]) -> str:
             ]
             for method in content["methods"]
         ]
-        names = [f"{latex_escaped(name)}, {what}" for name in modalities for what in ("mAP", "accuracy")]
+        names = [f"{latex_escaped(name)}, {what}" for name in modalities.values() for what in ("mAP", "accuracy")]
         tables += ["% each modality's own prediction", _tabular(["Method", *names], alone, "l" * (1 + len(names)))]
     return "\n".join(tables) + "\n"
 
@@ -180,10 +182,17 @@ def _interval(entry: Figure) -> str:
     return number(entry["value"]) + bounds
 
 
-def _modalities(content: Mapping[str, Any]) -> list[str]:
-    """Of which some method has a prediction of its own."""
-    sources = [source for method in content["methods"] for source in method["sources"]]
-    return [source for source in dict.fromkeys(sources) if source != "fused"]
+def _modalities(content: Mapping[str, Any]) -> dict[str, str]:
+    """Those of which some method has a prediction of its own, with what heads its columns.
+
+    That says so if figures are of fewer samples, because the others have no image of it.
+    """
+    sources = {name: each for method in content["methods"] for name, each in method["sources"].items()}
+    return {
+        name: name if each["samples"] == content["samples"] else f"{name} ({each['samples']} samples)"
+        for name, each in sources.items()
+        if name != "fused"
+    }
 
 
 def _csv_table(content: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
@@ -192,7 +201,7 @@ def _csv_table(content: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
 
 
 def _csv_cells(
-    method: Mapping[str, Any], classes: Sequence[str], modalities: Sequence[str]
+    method: Mapping[str, Any], classes: Sequence[str], modalities: Iterable[str]
 ) -> Iterator[tuple[str, Any]]:
     """Column and cell; the columns are the same for every method."""
     fused = method["sources"].get("fused", {})
@@ -232,8 +241,9 @@ def _tex_difference(method: Mapping[str, Any]) -> list[str]:
 def _tex_figure(entry: Figure, shown: Any) -> str:
     if entry["value"] is None:
         return "--"
-    bounds = "" if entry["low"] is None else rf" {{\scriptsize[${shown(entry['low'])}$, ${shown(entry['high'])}$]}}"
-    return f"${shown(entry['value'])}$" + bounds
+    small = [] if entry["low"] is None else [f"[${shown(entry['low'])}$, ${shown(entry['high'])}$]"]
+    small += [] if entry.get("sd") is None else [rf"$\pm {number(entry['sd'])}$"]
+    return f"${shown(entry['value'])}$" + (rf" {{\scriptsize {' '.join(small)}}}" if small else "")
 
 
 def _tabular(header: Sequence[str], rows: Sequence[Sequence[str]], columns: str) -> str:

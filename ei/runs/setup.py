@@ -115,13 +115,11 @@ def resumes(folder: RunFolder, config: Config) -> bool:
             raise ValueError(f"{folder.path} is neither a run nor an empty folder; choose another with --out")
         return False
     begun = Config.load(folder.config, of_run=True).to_dict()
-    # The contrastive loss of a joint embedding is among the samples that are taken through the model at once.
-    fixed = {"micro_batch"} if config.model.fusion == "joint" else set()
     different = [
         f"{section} {name} (was {begun[section][name]}, is {value})"
         for section, values in config.to_dict().items()
         for name, value in values.items()
-        if value != begun[section][name] and (name in fixed or name not in MAY_CHANGE.get(section, ()))
+        if value != begun[section][name] and name not in MAY_CHANGE.get(section, ())
     ]
     if different:
         raise ValueError(

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import ei.training as training
 from ei import evaluate, predict, train
 from ei.config import BaselineConfig, Config
 from ei.runs.checkpoint import read_checkpoint
@@ -77,10 +78,21 @@ def test_a_run_goes_on_where_it_stopped(config, unevaluated: Path, tmp_path: Pat
     assert all(torch.equal(dict(model.named_parameters())[name], tensor) for name, tensor in after.items())
 
 
-def test_a_joint_embedding_does_not_go_on_with_other_negatives(config, unevaluated: Path, tmp_path: Path) -> None:
-    run = train(config("joint", unevaluated), tmp_path / "run")
-    with pytest.raises(ValueError, match=r"train micro_batch \(was 0, is 2\)"):
-        train(config("joint", unevaluated, micro_batch=2), run)
+def test_a_joint_embedding_does_not_go_on_with_other_negatives(
+    config, unevaluated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = training.Step.__call__
+
+    def mortal(*args):
+        step(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(training.Step, "__call__", mortal)
+        train(config("joint", unevaluated), tmp_path / "run")
+    with pytest.raises(ValueError, match="begun with 5 samples at once, now there are 2"):
+        train(config("joint", unevaluated, micro_batch=2), tmp_path / "run")
+    train(config("joint", unevaluated), tmp_path / "run")
 
 
 def test_missing_modalities_are_evaluated_too(config, tmp_path: Path) -> None:

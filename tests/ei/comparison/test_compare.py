@@ -302,6 +302,7 @@ def test_folds_that_do_not_fit(folds: list[Path], study_config: Any, tmp_path: P
         ({}, ["uni:cfp", "late:lora"], "add such as late:mor"),
         ({}, ["ei", "nowhere"], "method 'nowhere': fusion must be"),
         ({"seeds": 0}, ["ei"], "seeds must be at least 1"),
+        ({"seeds": 2, "stage1_from": "runs/other"}, ["ei"], "stage1_from is one first stage, of one seed"),
         ({"int_at": 99}, ["late", "ei"], "method 'ei': tokens must enter before"),
     ],
 )
@@ -310,6 +311,7 @@ def test_what_cannot_be_is_said_before_training(
 ) -> None:
     config = study_config(changes.get("manifest", manifest))
     config = replace(config, model=replace(config.model, int_at=changes.get("int_at", 0)))
+    config = replace(config, train=replace(config.train, stage1_from=changes.get("stage1_from", "")))
     with pytest.raises(ValueError, match=message):
         make_plan(config, methods, seeds=changes.get("seeds", 1), out=tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -139,7 +139,7 @@ def test_latex_of_names(content: dict[str, Any]) -> None:
 
 def test_latex_tables_have_as_many_cells_as_columns(content: dict[str, Any]) -> None:
     tables = re.findall(r"\\begin\{tabular\}\{(\w+)\}\n\\toprule\n(.*?)\\bottomrule", latex(content), flags=re.S)
-    assert [len(columns) for columns, _ in tables] == [8, 3, 3]
+    assert [len(columns) for columns, _ in tables] == [9, 3, 3]
     for columns, body in tables:
         rows = [line for line in body.splitlines() if line != r"\midrule"]
         assert len(rows) == 4
@@ -154,7 +154,16 @@ def test_latex_says_what_failed_and_shows_signs_as_signs(content: dict[str, Any]
     content["methods"][2]["failed"][0]["reason"] = "boom\n\\input{x}"
     text = latex(content)
     assert f"\n% failed: +late, a {NASTY}, seed 1: boom \\input{{x}}\n" in text
-    assert r"$+0.200$ {\scriptsize[$+0.100$, $+0.300$]}" in text
+    assert r"$+0.200$ {\scriptsize [$+0.100$, $+0.300$]}" in text
+    assert r"$0.700$ {\scriptsize [$0.600$, $0.800$] $\pm 0.010$}" in text
+
+
+def test_figures_of_fewer_samples_say_so(content: dict[str, Any]) -> None:
+    """A modality's own prediction is of the samples that have it."""
+    content["methods"][0]["sources"] = {"fused": source(0.5, content["classes"], None)}
+    content["methods"][0]["sources"] |= {name: source(0.4, content["classes"], None) for name in ("cfp", "oct")}
+    content["methods"][0]["sources"]["oct"]["samples"] = 7
+    assert "Method & cfp, mAP & cfp, accuracy & oct (7 samples), mAP & oct (7 samples), accuracy" in latex(content)
 
 
 def test_the_text(content: dict[str, Any]) -> None:
