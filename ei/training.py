@@ -441,7 +441,8 @@ class Loop:
         if self.config.model.fusion == "joint" and was.get("samples at once") != now["samples at once"]:
             raise ValueError(
                 f"{self.folder.path} was begun with {was.get('samples at once')} samples at once, now there are"
-                f" {now['samples at once']}, and other negatives with them; go on with as many processes as before"
+                f" {now['samples at once']}, and other negatives with them; go on with the --micro-batch and as many"
+                " processes as before"
             )
         if changed:
             say(f"note: weights may differ in their last bits from those of an unbroken run: {', '.join(changed)}")

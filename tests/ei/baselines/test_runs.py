@@ -90,7 +90,7 @@ def test_a_joint_embedding_does_not_go_on_with_other_negatives(
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(training.Step, "__call__", mortal)
         train(config("joint", unevaluated), tmp_path / "run")
-    with pytest.raises(ValueError, match="begun with 5 samples at once, now there are 2"):
+    with pytest.raises(ValueError, match="begun with 6 samples at once, now there are 2"):
         train(config("joint", unevaluated, micro_batch=2), tmp_path / "run")
     train(config("joint", unevaluated), tmp_path / "run")
 
