@@ -87,6 +87,8 @@ def _in_one_sentence(name: str) -> Iterator[None]:
         yield
     except Exception as error:  # each method has its own demands, and its own way to voice them
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        if "meta" in reason:  # every model is first made without weights, to check the settings
+            reason = "it is made from the values of the weights"
         raise ValueError(f"adapter '{OF_PEFT}{name}' cannot be used here: {reason}") from error
 
 

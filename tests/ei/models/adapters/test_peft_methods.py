@@ -8,7 +8,7 @@ from torch import nn
 
 import mor
 from ei.config import ModelConfig
-from ei.models.backbone import adapted
+from ei.models.backbone import adapted, load_backbone
 from ei.models.vit import Backbone
 
 peft = pytest.importorskip("peft")
@@ -45,6 +45,15 @@ def test_methods_that_cannot_be_used(trunk: Backbone, adapter: str, message: str
     with pytest.raises(ValueError, match=message) as refused:
         adapted(trunk, ModelConfig(adapter=adapter))
     assert "\n" not in str(refused.value)
+
+
+def test_methods_that_need_the_values_of_weights_are_refused_in_planning() -> None:
+    settings = ModelConfig(backbone="tiny", adapter="peft:shira")
+    with (
+        torch.device("meta"),
+        pytest.raises(ValueError, match="used here: it is made from the values of the weights"),
+    ):
+        adapted(load_backbone(settings, 8), settings)
 
 
 def test_every_method_of_peft_works_or_is_refused_at_once(trunk: Backbone) -> None:
