@@ -55,6 +55,7 @@ def main() -> None:
         pretrain(weights, seed=0)
     names = arguments.methods.split(",")
     content = compare(demo_config(manifest, weights, seed=0), names, work / "methods", seeds=arguments.seeds)
+    content["protocol"]["data"]["manifest"], content["protocol"]["model"]["weights"] = manifest.name, weights.name
     print(table(content))
     arguments.out.write_text(json.dumps(content | {"setup": made_by}, indent=1) + "\n")
     print(f"wrote {arguments.out}")

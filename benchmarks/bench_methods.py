@@ -95,6 +95,7 @@ def main() -> None:
     mmrad_mor.write_text(MMRAD_MOR)
     names = arguments.methods.replace("mmrad-mor", str(mmrad_mor)).split(",")
     content = compare(configuration(manifests, arguments.epochs), names, arguments.work, seeds=arguments.seeds)
+    content["protocol"]["data"]["manifest"] = "leave_out_*.csv"  # and not where it lay
     print(table(content))
     arguments.out.write_text(json.dumps(content | {"setup": made_by}, indent=1) + "\n")
     print(f"wrote {arguments.out}")
