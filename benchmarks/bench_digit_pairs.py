@@ -56,7 +56,8 @@ def main() -> None:
     names = arguments.methods.split(",")
     content = compare(demo_config(manifest, weights, seed=0), names, work / "methods", seeds=arguments.seeds)
     content["protocol"]["data"]["manifest"], content["protocol"]["model"]["weights"] = manifest.name, weights.name
-    print(table(content))
+    print(text := table(content))
+    arguments.out.with_suffix(".md").write_text(text + "\n")
     arguments.out.write_text(json.dumps(content | {"setup": made_by}, indent=1) + "\n")
     print(f"wrote {arguments.out}")
 

@@ -96,7 +96,8 @@ def main() -> None:
     names = arguments.methods.replace("mmrad-mor", str(mmrad_mor)).split(",")
     content = compare(configuration(manifests, arguments.epochs), names, arguments.work, seeds=arguments.seeds)
     content["protocol"]["data"]["manifest"] = "leave_out_*.csv"  # and not where it lay
-    print(table(content))
+    print(text := table(content))
+    arguments.out.with_suffix(".md").write_text(text + "\n")
     arguments.out.write_text(json.dumps(content | {"setup": made_by}, indent=1) + "\n")
     print(f"wrote {arguments.out}")
 
