@@ -139,6 +139,7 @@ def breaking(config, tmp_path) -> Callable[..., tuple[int, str]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # four runs of two processes
 @pytest.mark.fault("one of two processes killed; two processes told to stop", "both end; the same weights, bit for bit")
 def test_two_processes_that_are_stopped_go_on(breaking, results, tmp_path):
     broken = tmp_path / "broken"
