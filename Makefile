@@ -31,9 +31,9 @@ bench: $(VENV)/.installed
 zoo: $(VENV)/.installed
 	$(BIN)/python -W ignore tests/mor/zoo.py --write
 
-# Everything that breaks something on purpose, with a hundred kills; about half an hour.
+# Everything that breaks something on purpose, with a hundred kills; about a quarter of an hour.
 faults: $(VENV)/.installed
-	EI_KILLS=100 $(BIN)/python -m pytest -m fault --fault-table=docs/faults.md
+	EI_KILLS=100 $(PYTEST) -m fault --fault-table=docs/faults.md
 
 # Every shipped tile, compiled for five chips; needs no GPU and takes some minutes.
 kernels-aot: $(VENV)/.installed

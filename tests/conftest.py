@@ -40,10 +40,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[FAULTS] = defaultdict(lambda: defaultdict(int))
-
-
-FAULTS = pytest.StashKey[dict[tuple[str, str], dict[str, int]]]()
+    path = config.getoption("--fault-table")
+    if path and not hasattr(config, "workerinput"):  # of several processes, the one that hears of all tests
+        config.pluginmanager.register(FaultTable(path))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -56,21 +55,29 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
             injected = injected.format(**{"case": parameters.id, **parameters.params})
         # One test may inject a fault many times.
         times = dict(item.user_properties).get("times", 1)
-        item.config.stash[FAULTS][injected, expected][report.outcome] += times
+        report.user_properties.append(("fault", (injected, expected, times)))
     return report
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    path = session.config.getoption("--fault-table")
-    if not path:
-        return
-    lines = ["| injected | what must happen | times | it happened |", "|---|---|---|---|"]
-    for (injected, expected), outcomes in session.config.stash[FAULTS].items():
-        held = "yes" if set(outcomes) == {"passed"} else f"**{dict(outcomes)}**"
-        injected = injected.replace("|", "\\|")
-        lines.append(f"| {injected} | {expected} | {sum(outcomes.values())} | {held} |")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("# Faults\n\nMade by `make faults`.\n\n" + "\n".join(lines) + "\n", encoding="utf-8")
+class FaultTable:
+    """What was broken on purpose, how often, and whether what must happen did; written when all tests are over."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.outcomes: dict[tuple[str, str], dict[str, int]] = defaultdict(lambda: defaultdict(int))
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        for injected, expected, times in (value for name, value in report.user_properties if name == "fault"):
+            self.outcomes[injected, expected][report.outcome] += times
+
+    def pytest_sessionfinish(self) -> None:
+        lines = ["| injected | what must happen | times | it happened |", "|---|---|---|---|"]
+        for (injected, expected), outcomes in sorted(self.outcomes.items()):
+            held = "yes" if set(outcomes) == {"passed"} else f"**{dict(outcomes)}**"
+            injected = injected.replace("|", "\\|")
+            lines.append(f"| {injected} | {expected} | {sum(outcomes.values())} | {held} |")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text("# Faults\n\nMade by `make faults`.\n\n" + "\n".join(lines) + "\n", encoding="utf-8")
 
 
 @pytest.fixture(autouse=True)
