@@ -104,7 +104,7 @@ def latex(content: Mapping[str, Any]) -> str:
         "% Small: 95 % interval of the mean over seeds, and their standard deviation. Needs \\usepackage{booktabs}.",
         *(f"% {' '.join(line.split())}" for line in _failures(content)),
         _tabular(header, main, "lrrllllll"),
-        "% AP of each class",
+        "\n% AP of each class",
         _tabular(["Method", *map(latex_escaped, classes)], per_class, "l" * (1 + len(classes))),
     ]
     if modalities := _modalities(content):
@@ -116,7 +116,7 @@ def latex(content: Mapping[str, Any]) -> str:
             for method in content["methods"]
         ]
         names = [f"{latex_escaped(name)}, {what}" for name in modalities.values() for what in ("mAP", "accuracy")]
-        tables += ["% each modality's own prediction", _tabular(["Method", *names], alone, "l" * (1 + len(names)))]
+        tables += ["\n% each modality's own prediction", _tabular(["Method", *names], alone, "l" * (1 + len(names)))]
     return "\n".join(tables) + "\n"
 
 
