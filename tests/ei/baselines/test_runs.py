@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from ei.config import BaselineConfig, Config
 from ei.runs.checkpoint import read_checkpoint
 from ei.runs.loading import load
 
+DOCS = Path(__file__).parents[3] / "docs/baselines.md"
 FUSIONS = ["mm-mil", "coscat", "late-average", "unimodel"]
 
 
@@ -93,6 +95,17 @@ def test_a_joint_embedding_does_not_go_on_with_other_negatives(
     with pytest.raises(ValueError, match="begun with 6 samples at once, now there are 2"):
         train(config("joint", unevaluated, micro_batch=2), tmp_path / "run")
     train(config("joint", unevaluated), tmp_path / "run")
+
+
+def test_retrieval_as_the_docs_have_it(
+    config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), flags=re.S)
+    train(config("joint"), tmp_path / "runs/joint")
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    shares = [float(line.rpartition(": ")[2]) for line in capsys.readouterr().out.splitlines()[-2:]]
+    assert all(0 <= share <= 1 for share in shares) and shares[0] > 0
 
 
 def test_missing_modalities_are_evaluated_too(config, tmp_path: Path) -> None:
