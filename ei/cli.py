@@ -278,7 +278,7 @@ def compare(words: Sequence[str]) -> int:
     if not command.config.data.manifest:
         raise ValueError("compare needs --manifest FILE, or a --config that names one")
     if command.plan:
-        from ei.comparison.cells import make_plan
+        from ei.comparison.plan import make_plan
 
         for line in make_plan(command.config, command.methods, seeds=command.seeds, out=command.out).lines():
             print(line)

@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ei.comparison.cells import Cell, Plan, make_plan, read_note, run_plan
+from ei.comparison.cell import Cell
 from ei.comparison.files import write_comparison
 from ei.comparison.methods import settings_of
+from ei.comparison.plan import Plan, make_plan
+from ei.comparison.running import run_plan
 from ei.comparison.table import Failure, Result, tabulate
 from ei.config import Config
 from ei.runs.folder import RunFolder
@@ -49,7 +51,7 @@ def tabulated(plan: Plan, failed: dict[Cell, str]) -> dict[str, Any]:
         try:
             if cell in failed:
                 raise ValueError(failed[cell])
-            results.append(Result(*where, _read_logits(cell).of_split(plan.split), read_note(cell)))
+            results.append(Result(*where, _read_logits(cell).of_split(plan.split), cell.read_note()))
         except ValueError as error:
             failures.append(Failure(*where, str(error)))
     if not results:

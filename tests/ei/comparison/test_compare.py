@@ -14,9 +14,10 @@ import torch
 
 from ei import train
 from ei.cli import run
-from ei.comparison import cells
-from ei.comparison.cells import make_plan, run_plan
+from ei.comparison import running
 from ei.comparison.compare import compare
+from ei.comparison.plan import make_plan
+from ei.comparison.running import run_plan
 from ei.comparison.table import tabulate
 from ei.config import Config
 from ei.data.manifest import read_manifest
@@ -68,7 +69,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         folder.logits.write_bytes(stored.as_bytes())
         return run
 
-    monkeypatch.setattr(cells, "train", pretend)
+    monkeypatch.setattr(running, "train", pretend)
     return called
 
 
@@ -139,7 +140,7 @@ def test_parameters_are_those_of_the_runs(compared: tuple) -> None:
 def test_all_that_is_done_stays(compared: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     config, out, content = compared
     for name in ("train", "_evaluate_alone"):
-        monkeypatch.setattr(cells, name, lambda *_: pytest.fail("trained again"))
+        monkeypatch.setattr(running, name, lambda *_: pytest.fail("trained again"))
     before = (out / "comparison.csv").read_bytes()
     assert compare(config, METHODS, out, seeds=2) == content
     assert (out / "comparison.csv").read_bytes() == before
@@ -167,14 +168,14 @@ def test_each_trains_its_own_first_stage_if_so_wished(
 def test_a_refused_first_stage_is_trained_anew(
     manifest: Path, study_config: Any, tmp_path: Path, pretended: list[Path], monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    pretend = cells.train
+    pretend = running.train
 
     def picky(config: Config, run: Path) -> Path:
         if config.train.stage1_from:
             raise ValueError("stage1_from cannot be used here")
         return pretend(config, run)
 
-    monkeypatch.setattr(cells, "train", picky)
+    monkeypatch.setattr(running, "train", picky)
     content = compare(study_config(manifest), ["ei", "late"], tmp_path / "out", seeds=1)
     assert not content["methods"][1]["failed"]
     assert "stage1_from cannot be used here. Its first stage is trained here" in capsys.readouterr().out
@@ -191,14 +192,14 @@ def test_a_method_that_fails(
     monkeypatch: pytest.MonkeyPatch,
     capsys,
 ) -> None:
-    pretend = cells.train
+    pretend = running.train
 
     def fails(config: Config, run: Path) -> Path:
         if config.model.fusion == "late" and config.train.seed == 1:
             raise error
         return pretend(config, run)
 
-    monkeypatch.setattr(cells, "train", fails)
+    monkeypatch.setattr(running, "train", fails)
     study_config(manifest).save(tmp_path / "config.yaml")
     out = tmp_path / "out"
     words = ["compare", "--config", str(tmp_path / "config.yaml"), "--methods", "late,ei", "--out", str(out)]
@@ -212,7 +213,7 @@ def test_a_method_that_fails(
         assert reason in next(csv.DictReader(file))["failed"]
     page = (out / "comparison.html").read_text()
     assert "(1 failed)" in page and "<nan>" not in page
-    monkeypatch.setattr(cells, "train", pretend)  # what was wrong is put right
+    monkeypatch.setattr(running, "train", pretend)  # what was wrong is put right
     assert run([*words, "--seeds", "2"]) == 0
     assert names(pretended, out).count("late/seed-1") == 1 and len(pretended) == 4
 
@@ -221,7 +222,7 @@ def test_a_method_that_fails(
 def test_a_comparison_that_was_stopped(
     manifest: Path, study_config: Any, tmp_path: Path, pretended: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pretend = cells.train
+    pretend = running.train
 
     def stopped(config: Config, run: Path) -> Path:
         if config.model.fusion == "late":
@@ -231,14 +232,14 @@ def test_a_comparison_that_was_stopped(
             raise Interrupted(signal.SIGINT)
         return pretend(config, run)
 
-    monkeypatch.setattr(cells, "train", stopped)
+    monkeypatch.setattr(running, "train", stopped)
     config, out = study_config(manifest), tmp_path / "out"
     with pytest.raises(Interrupted):
         compare(config, ["ei", "late"], out, seeds=2)
     plan = make_plan(config, ["ei", "late"], seeds=2, out=out)
     assert [cell.state for cell in plan.cells] == ["done", "begun", "to do", "to do"]
     begun = Config.load(out / "late/seed-0/config.yaml")
-    monkeypatch.setattr(cells, "train", pretend)
+    monkeypatch.setattr(running, "train", pretend)
     compare(config, ["ei", "late"], out, seeds=2)
     assert names(pretended, out) == ["ei/seed-0", "late/seed-0", "ei/seed-1", "late/seed-1"]
     assert Config.load(out / "late/seed-0/config.yaml") == begun  # with the first stage that it had begun with
@@ -425,8 +426,8 @@ def test_lost_logits(
     assert len(failed) == 1 and "logits.npz" in failed[0]["reason"]
     assert failed[0]["reason"].endswith("; delete it, and the same command writes it again")
     path.unlink()
-    monkeypatch.setattr(cells, "train", lambda config, run: run)  # it is finished, and left alone
-    monkeypatch.setattr(cells, "evaluate", lambda run: RunFolder(run).logits.write_bytes(good))
+    monkeypatch.setattr(running, "train", lambda config, run: run)  # it is finished, and left alone
+    monkeypatch.setattr(running, "evaluate", lambda run: RunFolder(run).logits.write_bytes(good))
     assert compare(config, ["ei"], out, seeds=2) == content
 
 
@@ -446,14 +447,14 @@ def test_images_that_have_changed_since(
 def test_images_that_change_meanwhile(
     manifest: Path, study_config: Any, tmp_path: Path, pretended: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pretend = cells.train
+    pretend = running.train
 
     def spoils(config: Config, run: Path) -> Path:
         pretend(config, run)
         spoil(manifest)
         return run
 
-    monkeypatch.setattr(cells, "train", spoils)
+    monkeypatch.setattr(running, "train", spoils)
     content = compare(study_config(manifest), ["ei", "ei:lora"], tmp_path / "out", seeds=1)
     assert not content["methods"][0]["failed"]
     assert "an image of " in (reason := content["methods"][1]["failed"][0]["reason"])
@@ -492,7 +493,7 @@ def test_one_modality_comes_after_those_that_train_it(
     manifest: Path, study_config: Any, tmp_path: Path, pretended: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done: list[tuple[str, int]] = []
-    monkeypatch.setattr(cells, "_evaluate_alone", lambda cell, _: done.append((cell.title, len(pretended))))
+    monkeypatch.setattr(running, "_evaluate_alone", lambda cell, _: done.append((cell.title, len(pretended))))
     plan = make_plan(study_config(manifest), ["uni:cfp", "ei"], seeds=2, out=tmp_path / "out")
     assert not run_plan(plan)
     assert done == [("uni:cfp, seed 0", 2), ("uni:cfp, seed 1", 2)]
@@ -547,10 +548,10 @@ def test_one_modality_with_logits_that_are_not_finite(
 ) -> None:
     """They would be taken for rows without an image, and the method measured on the others."""
     config, out = study_config(manifest), tmp_path / "out"
-    monkeypatch.setattr(cells, "load", lambda run, modality: (torch.nn.Identity(), Config.load(run / "config.yaml")))
+    monkeypatch.setattr(running, "load", lambda run, modality: (torch.nn.Identity(), Config.load(run / "config.yaml")))
     logits = np.zeros((9, 3), np.float32)
     logits[2] = np.nan
-    monkeypatch.setattr(cells, "predict_rows", lambda *_, **__: Predictions(logits, {}, None))
+    monkeypatch.setattr(running, "predict_rows", lambda *_, **__: Predictions(logits, {}, None))
     content = compare(config, ["ei", "uni:cfp"], out, seeds=1)
     assert "gives logits that are not finite" in content["methods"][1]["failed"][0]["reason"]
     assert not (out / "uni+cfp").exists()
@@ -571,7 +572,7 @@ def test_one_modality_with_logits_that_are_not_finite(
 def test_what_else_fails_in_a_cell(
     error: Exception, manifest: Path, study_config: Any, tmp_path: Path, pretended: list[Path], monkeypatch: Any
 ) -> None:
-    pretend, tried = cells.train, []
+    pretend, tried = running.train, []
 
     def fails(config: Config, run: Path) -> Path:
         if config.model.fusion == "ei":
@@ -579,7 +580,7 @@ def test_what_else_fails_in_a_cell(
             raise error
         return pretend(config, run)
 
-    monkeypatch.setattr(cells, "train", fails)
+    monkeypatch.setattr(running, "train", fails)
     content = compare(study_config(manifest), ["ei", "late"], tmp_path / "out", seeds=1)
     assert [len(method["failed"]) for method in content["methods"]] == [1, 0]
     assert content["methods"][0]["failed"][0]["reason"] == (str(error) or "MemoryError")

@@ -1,0 +1,180 @@
+"""What a comparison would train, and whether it can: every method, seed and fold as a cell, before anything is done."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from ei.comparison.cell import Cell
+from ei.comparison.methods import Method, find_methods, settings_of
+from ei.config import Config
+from ei.data.listed import counted
+from ei.data.manifest import Manifest, read_manifest
+from ei.models import build_model, count_trainable
+from ei.runs.folder import RunFolder
+from ei.runs.loading import data_hashes
+from ei.runs.setup import require_usable, resolved, resumes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All cells of a comparison, before any of them is trained."""
+
+    base: Config
+    """What the methods change; its manifest may be several."""
+    methods: list[Method]
+    cells: list[Cell]
+    split: str
+    """Where methods are compared: test, or val if there are no test rows."""
+    parameters: dict[str, int]
+    """Trained ones, by method."""
+    out: Path
+
+    def lines(self) -> list[str]:
+        """What would be done, as text."""
+        width = max(len(method.name) for method in self.methods)
+        lines = []
+        for method in self.methods:
+            changed = settings_of(method.applied(self.base), self.base)
+            settings = ", ".join(f"{name}={value}" for name, value in changed.items()) or "as given"
+            if method.modality is not None:
+                settings = f"the first stage of {method.modality} alone"
+            lines.append(f"{method.name:<{width}}  {self.parameters[method.name]:>13,}  {settings}")
+        return lines + [f"{cell.state:<5}  {cell.title}  {cell.folder}" for cell in self.cells]
+
+
+def make_plan(config: Config, names: Sequence[str], *, seeds: int, out: Path) -> Plan:
+    """The cells of a comparison; nothing is written or trained.
+
+    Args:
+        config: What all methods share. ``data.manifest`` may be several, separated by commas: folds, whose test rows
+            are of different patients.
+        names: Methods (:mod:`ei.comparison.methods`).
+        seeds: So many, from ``train.seed`` on.
+        out: The folder of the comparison.
+
+    Raises:
+        ValueError: something of it cannot be: a method, a manifest, or what is in ``out``.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("a comparison runs in one process; start it without torchrun, or several on parts of methods")
+    if seeds < 1:
+        raise ValueError(f"seeds must be at least 1, got {seeds}")
+    methods = find_methods(names, config)
+    manifests = _read_folds(config)
+    if config.train.stage1_from and (seeds > 1 or len(manifests) > 1):
+        raise ValueError(
+            "stage1_from is one first stage, of one seed and one manifest; leave it out, or compare with --seeds 1 on"
+            " one manifest"
+        )
+    split = _split_of(manifests)
+    first = next(iter(manifests.values()))
+    cells = []
+    for fold, (path, manifest) in zip(_fold_names(manifests), manifests.items(), strict=True):
+        for method in methods:
+            _require_images(method, manifest, split)
+        data = replace(config.data, manifest=str(path))
+        hashes = data_hashes(replace(config, data=data), manifest)
+        for seed in range(config.train.seed, config.train.seed + seeds):
+            for method in methods:
+                own = method.applied(replace(config, data=data, train=replace(config.train, seed=seed)))
+                # Resolved as training does it, which may depend on the method.
+                own = resolved(own, manifest)
+                cells.append(Cell(method, fold, own, out / method.folder / fold / f"seed-{seed}", hashes))
+    plan = Plan(
+        base=replace(config, data=replace(config.data, classes=first.classes)),
+        methods=methods,
+        cells=cells,
+        split=split,
+        parameters={cell.method.name: _count(cell) for cell in cells[: len(methods)]},
+        out=out,
+    )
+    for cell in cells:
+        _require_same_settings(cell)
+        if cell.method.modality is not None and not cell.owners(cells):
+            raise ValueError(
+                f"method '{cell.method.name}' is the first stage of another method, and none of the others has one with"
+                f" adapter '{cell.config.model.adapter}'; add such as late:{cell.config.model.adapter}"
+            )
+    return plan
+
+
+def _require_same_settings(cell: Cell) -> None:
+    """Raise a ValueError if what is in the cell's folder was begun with other settings, or on another manifest."""
+    if cell.method.modality is None:
+        resumes(RunFolder(cell.folder), cell.taking_stage1(cell.begun.train.stage1_from))
+    else:
+        require_usable(cell.folder)
+    if not cell.note.is_file():
+        return
+    note = cell.read_note()
+    for part, what in (("manifest", cell.config.data.manifest), ("images", f"an image of {cell.config.data.manifest}")):
+        if note.get(part, cell.data[part]) != cell.data[part]:
+            raise ValueError(
+                f"{what} is not what it was when {cell.folder} was trained; restore it, or choose another folder with"
+                " --out"
+            )
+
+
+def _read_folds(config: Config) -> dict[Path, Manifest]:
+    """The manifests, which fit each other."""
+    given = config.data.manifest
+    paths = [Path(given)] if Path(given).is_file() else [Path(path.strip()) for path in given.split(",")]
+    manifests = {path: read_manifest(path, config.data) for path in paths}
+    first = next(iter(manifests.values()))
+    whose: dict[str, Path] = {}
+    split = _split_of(manifests)
+    for path, manifest in manifests.items():
+        if manifest.classes != first.classes:
+            raise ValueError(
+                f"{paths[0]} and {path} must have the same classes, got {', '.join(first.classes)} and"
+                f" {', '.join(manifest.classes)}; name them all with --classes"
+            )
+        for row in manifest.split(split):
+            if whose.setdefault(row.patient, path) != path:
+                raise ValueError(
+                    f"{whose[row.patient]} and {path} are folds, so their {split} rows must be of different patients,"
+                    f" and both have '{row.patient}'"
+                )
+    if len({path.stem for path in manifests}) != len(paths):
+        raise ValueError(f"manifests of a comparison must have different names, got {given}")
+    return manifests
+
+
+def _require_images(method: Method, manifest: Manifest, split: str) -> None:
+    """Raise a ValueError if a method of one modality cannot predict all rows on which methods are compared."""
+    if method.modality is None:
+        return
+    lacking = [row.id for row in manifest.split(split) if not row.images[method.modality]]
+    if lacking:
+        count = counted(len(lacking), f"{split} row")
+        raise ValueError(
+            f"method '{method.name}': {count} without an image of {method.modality}, such as '{lacking[0]}'; methods"
+            " can be compared on the same rows only, so leave this one out"
+        )
+
+
+def _fold_names(manifests: dict[Path, Manifest]) -> list[str]:
+    return [path.stem for path in manifests] if len(manifests) > 1 else [""]
+
+
+def _split_of(manifests: dict[Path, Manifest]) -> str:
+    for split in ("test", "val"):
+        without = [str(path) for path, manifest in manifests.items() if not manifest.split(split)]
+        if not without:
+            return split
+        if len(without) < len(manifests):
+            raise ValueError(f"folds are compared on {split} rows, and there are none in {', '.join(without)}")
+    names = ", ".join(map(str, manifests))
+    raise ValueError(f"methods are compared on test rows, or else on val rows, and there are none in {names}")
+
+
+def _count(cell: Cell) -> int:
+    try:
+        with torch.device("meta"):
+            model = build_model(cell.config, len(cell.config.data.classes), modality=cell.method.modality)
+    except ValueError as error:
+        raise ValueError(f"method '{cell.method.name}': {error}") from error
+    return count_trainable(model)["total"]
