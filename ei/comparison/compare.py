@@ -12,6 +12,7 @@ from ei.comparison.running import run_plan
 from ei.comparison.table import Failure, Result, tabulate
 from ei.config import Config
 from ei.runs.folder import RunFolder
+from ei.runs.setup import locked
 from ei.runs.stored_logits import StoredLogits
 
 
@@ -39,8 +40,9 @@ def compare(
         Interrupted: Ctrl-C or SIGTERM; it was saved where training stands.
     """
     plan = make_plan(config, methods, seeds=seeds, out=Path(out))
-    failed = run_plan(plan, share_stage1=share_stage1)
-    return tabulated(plan, failed)
+    with locked(RunFolder(plan.out)):
+        failed = run_plan(plan, share_stage1=share_stage1)
+        return tabulated(plan, failed)
 
 
 def tabulated(plan: Plan, failed: dict[Cell, str]) -> dict[str, Any]:

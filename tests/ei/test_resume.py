@@ -237,16 +237,16 @@ def test_a_signal_saves_first_and_the_same_call_goes_on(config, tmp_path, unbrok
     assert_same(unbroken, tmp_path / "broken")
 
 
-@pytest.fixture
-def heeds_ctrl_c():
-    """Python interrupts on SIGINT, even if a shell started these tests in the background, where it is ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
+@pytest.fixture(params=[signal.default_int_handler, signal.SIG_IGN], ids=["as usual", "ignored"])
+def ctrl_c(request):
+    """What Ctrl-C does before training begins; what a shell starts in the background has it ignored."""
+    before = signal.signal(signal.SIGINT, request.param)
+    yield request.param
     signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.fault("a second Ctrl-C", "stops at once")
-def test_a_second_signal_stops_at_once(config, tmp_path, monkeypatch, heeds_ctrl_c):
+def test_a_second_signal_stops_at_once(config, tmp_path, monkeypatch, ctrl_c):
     def signalled(*args):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.2)  # two that come at once are one to the operating system
@@ -257,6 +257,7 @@ def test_a_second_signal_stops_at_once(config, tmp_path, monkeypatch, heeds_ctrl
     monkeypatch.setattr(training.Step, "__call__", signalled)
     with pytest.raises(KeyboardInterrupt):
         train(config, tmp_path / "run")
+    assert signal.getsignal(signal.SIGINT) is ctrl_c
 
 
 def test_the_command_line_says_how_to_go_on(config, tmp_path, monkeypatch, capsys):

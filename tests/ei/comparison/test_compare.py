@@ -26,7 +26,7 @@ from ei.evaluation.predictions import Predictions, stored_logits
 from ei.interrupts import Interrupted
 from ei.report.figures import Picture
 from ei.runs.folder import RunFolder
-from ei.runs.setup import resolved
+from ei.runs.setup import locked, resolved
 from ei.runs.stored_logits import StoredLogits
 
 METHODS = ["ei", "late", "uni:cfp"]
@@ -354,6 +354,16 @@ def test_a_comparison_of_other_settings(
     with pytest.raises(ValueError, match="manifest.csv is not what it was when .*ei/seed-0 was trained"):
         compare(config, ["late", "ei"], out, seeds=1)
     assert len(pretended) == 1
+
+
+@pytest.mark.fault("two comparisons in one folder", "the second is refused")
+def test_two_comparisons_in_one_folder(
+    manifest: Path, study_config: Any, tmp_path: Path, pretended: list[Path]
+) -> None:
+    with locked(RunFolder(tmp_path / "out")), pytest.raises(ValueError, match="another process is training in .*out"):
+        compare(study_config(manifest), ["ei"], tmp_path / "out", seeds=1)
+    assert not pretended
+    compare(study_config(manifest), ["ei"], tmp_path / "out", seeds=1)
 
 
 def test_several_processes_are_refused(
