@@ -13,9 +13,11 @@ from ei.config import Config
 from ei.data.listed import counted
 from ei.data.manifest import Manifest, read_manifest
 from ei.models import build_model, count_trainable
+from ei.models.weights import require_weights
 from ei.runs.folder import RunFolder
 from ei.runs.loading import data_hashes
 from ei.runs.setup import require_usable, resolved, resumes
+from ei.runtime import choose_device
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def make_plan(config: Config, names: Sequence[str], *, seeds: int, out: Path) ->
         out: The folder of the comparison.
 
     Raises:
-        ValueError: something of it cannot be: a method, a manifest, or what is in ``out``.
+        ValueError: something of it cannot be: a method, a manifest, weights, the device, or what is in ``out``.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("a comparison runs in one process; start it without torchrun, or several on parts of methods")
@@ -91,7 +93,10 @@ def make_plan(config: Config, names: Sequence[str], *, seeds: int, out: Path) ->
         parameters={cell.method.name: _count(cell) for cell in cells[: len(methods)]},
         out=out,
     )
+    choose_device(config.train.device)
     for cell in cells:
+        for weights in filter(None, (cell.config.model.weights, cell.config.model.aux_weights)):
+            require_weights(Path(weights))
         _require_same_settings(cell)
         if cell.method.modality is not None and not cell.owners(cells):
             raise ValueError(

@@ -32,6 +32,16 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     {'weight': tensor([1., 1.])}
     """
     path = Path(path)
+    require_weights(path)
+    try:
+        content = _read_tensors(path)
+    except Exception as error:  # unpickling a damaged or foreign file can raise nearly anything
+        raise ValueError(f"cannot read weights from {path}: the file is damaged or of another kind") from error
+    return _named_tensors(path, content)
+
+
+def require_weights(path: Path) -> None:
+    """Raise a ValueError if there is no file of a kind that can be read; what is in it shows when it is."""
     if path.suffix not in (".safetensors", ".pth", ".pt"):
         raise ValueError(f"weights must be a .safetensors, .pth or .pt file, got {path}")
     if path.suffix != ".safetensors" and TorchVersion(torch.__version__) < "2.10":
@@ -41,11 +51,6 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         )
     if not path.is_file():
         raise ValueError(f"weights must be a file, but there is none at {path}")
-    try:
-        content = _read_tensors(path)
-    except Exception as error:  # unpickling a damaged or foreign file can raise nearly anything
-        raise ValueError(f"cannot read weights from {path}: the file is damaged or of another kind") from error
-    return _named_tensors(path, content)
 
 
 def misfit(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:

@@ -336,8 +336,12 @@ def test_rows_without_the_only_modality_are_said_before_training(
 
 def test_what_all_methods_fail_of_is_said_once(manifest: Path, study_config: Any, tmp_path: Path) -> None:
     config = study_config(manifest)
-    config = replace(config, model=replace(config.model, weights=str(tmp_path / "nowhere.pth")))
-    with pytest.raises(ValueError, match=r"^every method failed: weights must be a file, but there is none at \S+$"):
+    weights = tmp_path / "weights.safetensors"
+    config = replace(config, model=replace(config.model, weights=str(weights)))
+    with pytest.raises(ValueError, match=r"^weights must be a file, but there is none at \S+$"):
+        make_plan(config, ["late", "ei"], seeds=2, out=tmp_path / "out")
+    weights.write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"^every method failed: cannot read weights from \S+: the file is damaged"):
         compare(config, ["late", "ei"], tmp_path / "out", seeds=2)
 
 
