@@ -31,7 +31,7 @@ bench: $(VENV)/.installed
 zoo: $(VENV)/.installed
 	$(BIN)/python -W ignore tests/mor/zoo.py --write
 
-# Everything that breaks something on purpose, with a hundred kills; about a quarter of an hour.
+# Everything that breaks something on purpose, with a hundred kills; about ten minutes.
 faults: $(VENV)/.installed
 	EI_KILLS=100 $(PYTEST) -m fault --fault-table=docs/faults.md
 
