@@ -77,6 +77,7 @@ def test_brain_mri_says_what_it_needs(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_methods_runs(patches, tmp_path):
     assert run("02_brain_mri_patches.py", patches, tmp_path / "out").returncode == 0
     benchmark = EXAMPLES.parent / "benchmarks/bench_methods.py"
@@ -111,6 +112,7 @@ def volumes(tmp_path) -> Path:
     return tmp_path / "volumes.npz"
 
 
+@pytest.mark.slow
 def test_hippocampus_planes_become_a_manifest_and_the_benchmark_runs(volumes, tmp_path):
     done = run("04_hippocampus_planes.py", volumes, tmp_path / "out")
     assert done.returncode == 0, done.stderr

@@ -97,7 +97,7 @@ def test_any_strides(rows, step, offset, padding, transposed, expanded, form, de
         assert (got[name].double() - value).abs().max().nan_to_num(nan=torch.inf) < 2e-5 * size, name
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiles_as_one_graph_for_any_number_of_rows(backend, device):
     problem = Problem(17, 24, 40, device=device)
     layer = Layer(problem)

@@ -5,7 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_gradients_are_those_of_one_process() -> None:
     command = [sys.executable, "-W", "ignore", str(Path(__file__).parent / "fusions_in_two_processes.py")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
