@@ -8,12 +8,11 @@ backbone, a tiny ViT that was trained on single digits. Broken off, the same com
 """
 
 import argparse
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from harness import setup
+from harness import setup, store
 
 import ei
 import mor
@@ -56,10 +55,7 @@ def main() -> None:
     names = arguments.methods.split(",")
     content = compare(demo_config(manifest, weights, seed=0), names, work / "methods", seeds=arguments.seeds)
     content["protocol"]["data"]["manifest"], content["protocol"]["model"]["weights"] = manifest.name, weights.name
-    print(text := table(content))
-    arguments.out.with_suffix(".md").write_text(text + "\n")
-    arguments.out.write_text(json.dumps(content | {"setup": made_by}, indent=1) + "\n")
-    print(f"wrote {arguments.out}")
+    store(arguments.out, content | {"setup": made_by}, table(content))
 
 
 if __name__ == "__main__":

@@ -10,13 +10,12 @@ patients are far too few for conclusions. Broken off, the same command goes on.
 """
 
 import argparse
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import setup
+from harness import setup, store
 
 import ei
 import mor
@@ -93,13 +92,10 @@ def main() -> None:
     arguments.work.mkdir(parents=True, exist_ok=True)
     mmrad_mor = arguments.work / "mmrad-mor.yaml"
     mmrad_mor.write_text(MMRAD_MOR)
-    names = arguments.methods.replace("mmrad-mor", str(mmrad_mor)).split(",")
+    names = [str(mmrad_mor) if name == mmrad_mor.stem else name for name in arguments.methods.split(",")]
     content = compare(configuration(manifests, arguments.epochs), names, arguments.work, seeds=arguments.seeds)
     content["protocol"]["data"]["manifest"] = "leave_out_*.csv"  # and not where it lay
-    print(text := table(content))
-    arguments.out.with_suffix(".md").write_text(text + "\n")
-    arguments.out.write_text(json.dumps(content | {"setup": made_by}, indent=1) + "\n")
-    print(f"wrote {arguments.out}")
+    store(arguments.out, content | {"setup": made_by}, table(content))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ All layers stand around one and the same frozen nn.Linear. Timing on a GPU is in
 Shapes: T rows (all tokens), K in, O out.
 """
 
+import json
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -134,6 +135,14 @@ def setup(packages: Sequence[str], code: Sequence[Path] = (Path(mor.__file__).pa
         "cores": os.cpu_count(),
         "git": git_state(code),
     }
+
+
+def store(path: Path, results: Mapping[str, Any], table: str) -> None:
+    """Write results as JSON, with their table as Markdown beside it, and print the table."""
+    print(table)
+    path.with_suffix(".md").write_text(table + "\n")
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    print(f"wrote {path}")
 
 
 def cpu_model() -> str:

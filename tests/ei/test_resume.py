@@ -260,6 +260,21 @@ def test_a_second_signal_stops_at_once(config, tmp_path, monkeypatch, ctrl_c):
     assert signal.getsignal(signal.SIGINT) is ctrl_c
 
 
+def test_a_run_that_another_process_begins_meanwhile_is_not_overwritten(config, tmp_path, monkeypatch):
+    load = training.load_trunk
+
+    def slow(given):
+        other = replace(given, train=replace(given.train, epochs=7))
+        (tmp_path / "run").mkdir()
+        other.save(tmp_path / "run/config.yaml")
+        return load(given)
+
+    monkeypatch.setattr(training, "load_trunk", slow)
+    with pytest.raises(ValueError, match=r"begun with other settings: train epochs \(was 7, is 2\)"):
+        train(config, tmp_path / "run")
+    assert "epochs: 7" in (tmp_path / "run/config.yaml").read_text()
+
+
 def test_the_command_line_says_how_to_go_on(config, tmp_path, monkeypatch, capsys):
     step = training.Step.__call__
 

@@ -39,7 +39,7 @@ def method_of_peft(backbone: Backbone, config: ModelConfig) -> None:
         raise ValueError(f"adapter '{config.adapter}' would train nothing of the ViT")
     if not all(_equal(tensor, copied) for tensor, copied in zip(vit.parameters(), frozen, strict=True)):
         raise ValueError(f"adapter '{config.adapter}' changes the frozen weights themselves, which are shared here")
-    with _in_one_sentence(name):
+    with _in_one_sentence(name, planned=False):
         _pass_zeros(vit, trial, targets)
     _inject(vit, name, targets)
 
@@ -63,7 +63,8 @@ def _inject(vit: nn.Module, name: str, targets: list[str]) -> None:
         settings["feedforward_modules"] = _pattern(
             each for each, role in role_of(vit, targets).items() if role == "fc2"
         )
-    with _in_one_sentence(name), warnings.catch_warnings():
+    planned = all(parameter.is_meta for parameter in vit.parameters())
+    with _in_one_sentence(name, planned=planned), warnings.catch_warnings():
         # Said of every LayerNorm that is a subclass of torch's, as timm's are.
         warnings.filterwarnings("ignore", "Unsupported layer type .*LayerNorm")
         inject_adapter_in_model(configs[name](**settings), vit)
@@ -81,13 +82,16 @@ def _pass_zeros(plain: nn.Module, adapted: nn.Module, targets: Iterable[str]) ->
 
 
 @contextmanager
-def _in_one_sentence(name: str) -> Iterator[None]:
-    """Whatever goes wrong with a method becomes a ValueError that names it."""
+def _in_one_sentence(name: str, *, planned: bool) -> Iterator[None]:
+    """Whatever goes wrong with a method becomes a ValueError that names it.
+
+    ``planned``: the model has no values yet, as every model has none when its settings are checked.
+    """
     try:
         yield
     except Exception as error:  # each method has its own demands, and its own way to voice them
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        if "meta" in reason:  # every model is first made without weights, to check the settings
+        if planned and "meta" in reason:  # torch, of tensors without values
             reason = "it is made from the values of the weights"
         raise ValueError(f"adapter '{OF_PEFT}{name}' cannot be used here: {reason}") from error
 
