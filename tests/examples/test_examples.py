@@ -90,6 +90,17 @@ def test_the_benchmark_of_methods_runs(patches, tmp_path):
     assert len(result["cells"]) == 3 and result["setup"]["versions"]
 
 
+@pytest.mark.slow
+def test_the_benchmark_of_digit_pairs_runs(tmp_path):
+    benchmark = EXAMPLES.parent / "benchmarks/bench_digit_pairs.py"
+    settings = ["--work", tmp_path / "work", "--methods", "late", "--seeds", 1, "--out", tmp_path / "result.json"]
+    done = run(str(benchmark), *settings)
+    assert done.returncode == 0, done.stderr
+    cells = (tmp_path / "result.md").read_text().splitlines()[-1].split(" | ")
+    assert cells[0] == "| late" and all(float(cell.split()[0]) < 0.6 for cell in cells[2:])
+    assert str(tmp_path) not in (tmp_path / "result.json").read_text()
+
+
 def test_the_benchmark_has_every_method():
     """Every fusion, and every adapter, is in it."""
     found = [find_method(name).changes.get("model", {}) for name in METHODS]
