@@ -88,7 +88,7 @@ class DataConfig:
     """Which table, which columns, and how files become tensors."""
 
     manifest: str = ""
-    """The CSV that lists the samples (README: "The manifest")."""
+    """The CSV that lists the samples (docs/ei.md)."""
     modalities: Names = ()
     """Columns with image paths, in the order in which results name them."""
     labels: Names = ("label",)
