@@ -104,13 +104,17 @@ def precision(x: Tensor) -> str:
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
+def cdiv(total: int, size: int) -> int:
+    """How many tiles of `size` cover `total`. Triton's own is also a function of its language, and takes longer."""
+    return -(-total // size)
+
+
 def slice_rows(rows: int, column_blocks: int, multiple: int, row_bytes: int = 0) -> int:
     """Rows per slice of a split sum over T, a pure function of sizes: two runs add in the same order.
 
     Enough slices to fill the card (264 programs: two for each multiprocessor of an H100), none shorter than 128
     rows; with `row_bytes`, also none over 8 MB, so that whoever reads it second finds it in the L2 cache.
     """
-    slices = max(-(-264 // column_blocks), -(-rows * row_bytes // 2**23))
+    slices = max(cdiv(264, column_blocks), cdiv(rows * row_bytes, 2**23))
     slices = max(1, min(slices, rows // 128))
-    per_slice = -(-rows // slices)
-    return -(-per_slice // multiple) * multiple
+    return cdiv(cdiv(rows, slices), multiple) * multiple

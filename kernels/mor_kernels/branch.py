@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mor_kernels.blocks import precision
+from mor_kernels.blocks import cdiv, precision
 from mor_kernels.ranks import RankLayout, dot, gate_and_save, load_stacked, rank_product, store_tile
 from mor_kernels.tables import choose
 
@@ -55,7 +55,7 @@ def branch(
     rows, width = x.shape
     out_width = b.shape[1]
     blocks = choose("branch", x, layout.columns)
-    branch_kernel[(triton.cdiv(rows, blocks.rows),)](
+    branch_kernel[(cdiv(rows, blocks.rows),)](
         x, a, router_weight, router_bias, b, bias, y, h, gates, rows, width, out_width, x.stride(0),
         **layout.constants,
         COLS=layout.columns, HAS_BIAS=bias is not None, HAS_ROUTER_BIAS=router_bias is not None,

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mor_kernels.blocks import precision, slice_rows
+from mor_kernels.blocks import cdiv, precision, slice_rows
 from mor_kernels.ranks import RankLayout, dot, load_stacked, load_tile, saved_factor, store_tile
 from mor_kernels.tables import choose
 from mor_kernels.weight_grad import db_slice
@@ -120,9 +120,9 @@ def dy_side(
     width = a.shape[1]
     blocks = choose("dy_side", dy, layout.columns)
     sums = choose("weight_grad", dy)
-    column_programs = triton.cdiv(out_width, sums.columns)
+    column_programs = cdiv(out_width, sums.columns)
     per_slice = slice_rows(rows, column_programs, max(blocks.rows, sums.inner), out_width * dy.element_size())
-    slices = triton.cdiv(rows, per_slice)
+    slices = cdiv(rows, per_slice)
     row_programs = per_slice // blocks.rows
 
     dz = dy.new_empty(rows, layout.columns)

@@ -9,12 +9,14 @@ Shapes: x (..., K), W (O, K), bias (O,), A (R, K), B (R, O), router_weight (G, K
 dtype, gates (..., G) in fp32. B is stored transposed, contiguous along O; the bypass is the last gate.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, library
+from torch import Tensor, library, nn
+from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from mor_kernels.branch import branch
 from mor_kernels.dy_side import dy_side
@@ -44,8 +46,7 @@ def _on(device: torch.device) -> AbstractContextManager:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-@library.custom_op("mor_kernels::linear_forward", mutates_args=())
-def linear_forward(
+def _forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -77,8 +78,7 @@ def linear_forward(
     return y, h, gates
 
 
-@library.custom_op("mor_kernels::linear_backward", mutates_args=())
-def linear_backward(
+def _backward(
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -151,6 +151,10 @@ def _gradients(
     return like(x, with_dx), da, db, drouter, drouter_bias
 
 
+linear_forward = library.custom_op("mor_kernels::linear_forward", _forward, mutates_args=())
+linear_backward = library.custom_op("mor_kernels::linear_backward", _backward, mutates_args=())
+
+
 @linear_forward.register_fake
 def _(x, weight, bias, a, b, router_weight, router_bias, ranks, scaling, bypass, form):  # type: ignore[no-untyped-def]
     return _outputs(x, weight, ranks, scaling, bypass)
@@ -171,16 +175,45 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(x, weight, a, b, router_weight, router_bias, h, gates)
 
 
-def _backward(ctx: Any, dy: Tensor | None, _dh: None, _dgates: None) -> tuple[Tensor | None, ...]:
+def _gradients_of(ctx: Any, dy: Tensor | None, *_of_saved: None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 11
     with_dx, *wanted = (ctx.needs_input_grad[i] for i in (0, 3, 4, 5, 6))
-    dx, *gradients = linear_backward(dy, *ctx.saved_tensors, *ctx.settings, with_dx, any(wanted))
+    tensors = (dy, *ctx.saved_tensors)
+    backward: Callable[..., tuple[Tensor, ...]] = linear_backward if _watched(tensors) else _backward
+    dx, *gradients = backward(*tensors, *ctx.settings, with_dx, any(wanted))
     da, db, drouter, drouter_bias = (g if wants else None for g, wants in zip(gradients, wanted, strict=True))
     return dx if with_dx else None, None, None, da, db, drouter, drouter_bias, None, None, None, None
 
 
-linear_forward.register_autograd(_backward, setup_context=_setup_context)
+linear_forward.register_autograd(_gradients_of, setup_context=_setup_context)
+
+
+class _Linear(torch.autograd.Function):
+    """What `register_autograd` makes of the two operators, without them."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        y, h, gates = _forward(*inputs)
+        x, weight, _, a, b, router_weight, router_bias, *ctx.settings = inputs
+        ctx.save_for_backward(x, weight, a, b, router_weight, router_bias, h, gates)
+        return y
+
+    @staticmethod
+    @once_differentiable  # or autograd would look for second derivatives in what `_backward` calls
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return _gradients_of(ctx, dy)
+
+
+def _watched(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether somebody has to see operators: a compiler, a dispatch mode (fake tensors, selective checkpoints), a
+    function transform, or a kind of tensor of its own."""
+    return (
+        torch.compiler.is_compiling()
+        or _get_current_dispatch_mode() is not None
+        or torch._C._are_functorch_transforms_active()
+        or any(t is not None and type(t) is not Tensor and type(t) is not nn.Parameter for t in tensors)
+    )
 
 
 def mor_linear(
@@ -221,8 +254,10 @@ def mor_linear(
     if router_weight is not None and router_weight.dtype != A.dtype:
         router_weight = router_weight.to(A.dtype)
     _check(x, weight, bias, A, B, router_weight, router_bias, ranks, scaling, bypass, form)
-    y, _, _ = linear_forward(x, weight, bias, A, B, router_weight, router_bias, ranks, scaling, bypass, form)
-    return y
+    tensors = (x, weight, bias, A, B, router_weight, router_bias)
+    if _watched(tensors):
+        return linear_forward(*tensors, ranks, scaling, bypass, form)[0]
+    return _Linear.apply(*tensors, ranks, scaling, bypass, form)
 
 
 def _check(

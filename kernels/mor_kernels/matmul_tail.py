@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mor_kernels.blocks import precision
+from mor_kernels.blocks import cdiv, precision
 from mor_kernels.matmul_tail_tma import can_use, matmul_tail_tma
 from mor_kernels.ranks import dot, load_stacked, load_tile, store_tile
 from mor_kernels.tables import choose
@@ -65,7 +65,7 @@ def matmul_tail(
     if blocks.persistent and can_use(v, weight, columns):
         matmul_tail_tma(v, weight, u, first, second, bias, out, blocks)
         return
-    grid = (triton.cdiv(rows, blocks.rows) * triton.cdiv(columns, blocks.columns),)
+    grid = (cdiv(rows, blocks.rows) * cdiv(columns, blocks.columns),)
     matmul_tail_kernel[grid](
         v, weight, u, first, second, bias, out, rows, width, columns,
         v.stride(0), weight.stride(0), weight.stride(1),

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mor_kernels.blocks import precision
+from mor_kernels.blocks import cdiv, precision
 from mor_kernels.ranks import RankLayout, gate_and_save, rank_product, store_tile
 from mor_kernels.tables import choose
 
@@ -45,7 +45,7 @@ def shrink(
     rows, width = x.shape
     gated = x.new_empty(rows, layout.rank_columns)
     blocks = choose("shrink", x, layout.columns)
-    shrink_kernel[(triton.cdiv(rows, blocks.rows),)](
+    shrink_kernel[(cdiv(rows, blocks.rows),)](
         x, a, router_weight, router_bias, h, gates, gated, rows, width, x.stride(0),
         **layout.constants,
         COLS=layout.columns, RANK_COLS=layout.rank_columns, HAS_ROUTER_BIAS=router_bias is not None,

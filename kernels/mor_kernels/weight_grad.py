@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mor_kernels.blocks import precision, slice_rows
+from mor_kernels.blocks import cdiv, precision, slice_rows
 from mor_kernels.ranks import RankLayout, dot, load_tile, power_of_two, saved_factor, store_tile
 from mor_kernels.tables import choose
 
@@ -100,11 +100,11 @@ def x_partials(x: Tensor, dz: Tensor, layout: RankLayout) -> Tensor:
     """(S, R + G, K): dz^T x, slice by slice."""
     rows, width = x.shape
     blocks = choose("weight_grad", x)
-    per_slice = slice_rows(rows, triton.cdiv(width, blocks.columns), blocks.inner)
-    slices = triton.cdiv(rows, per_slice)
+    per_slice = slice_rows(rows, cdiv(width, blocks.columns), blocks.inner)
+    slices = cdiv(rows, per_slice)
     stacked = layout.rank_sum + layout.gates
     partial = x.new_empty(slices, stacked, width, dtype=torch.float32)
-    weight_grad_kernel[(triton.cdiv(width, blocks.columns), slices)](
+    weight_grad_kernel[(cdiv(width, blocks.columns), slices)](
         x, dz, partial, rows, width, x.stride(0), per_slice,
         STACKED=stacked, COLS=layout.columns, PRECISION=precision(x),
         BLOCK_T=blocks.inner, BLOCK_D=blocks.columns, **blocks.options,
@@ -120,7 +120,7 @@ def sum_partials(
     size_b, size_a, size_x = db.numel(), da.numel(), partial_x.shape[1] * partial_x.shape[2]
     depth, block = 8, 256
     with_bias = drouter_bias is not None
-    grid = (triton.cdiv(size_b, block) + triton.cdiv(size_x, block) + int(with_bias),)
+    grid = (cdiv(size_b, block) + cdiv(size_x, block) + int(with_bias),)
     sum_partials_kernel[grid](
         partial_b, partial_x, partial_bias, db, da, drouter, drouter_bias,
         partial_b.shape[0], partial_x.shape[0], partial_bias.shape[0] if partial_bias is not None else 0,

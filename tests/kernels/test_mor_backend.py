@@ -136,5 +136,5 @@ def test_there_is_no_second_derivative_and_it_says_so(operands):
     tensors = {name: t.requires_grad_(name in NAMES) for name, t in operands.items()}
     y = mor_linear(**tensors, **SPEC, backend="triton")
     (dA,) = torch.autograd.grad(y.square().sum(), tensors["A"], create_graph=True)
-    with pytest.raises(RuntimeError, match="autograd|does not require grad"):
+    with pytest.raises(RuntimeError, match="once_differentiable"):
         dA.sum().backward()

@@ -1,6 +1,7 @@
 """What torch does with an operator: compiles it, exports it, copies its module, spreads it over processes."""
 
 import copy
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mor_problem import FORMS, NAMES, TOLERANCE, Problem, check, error, leaves, loop, run
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mor_kernels
+from mor_kernels import linear
 
 
 class Layer(nn.Module):
@@ -202,6 +205,78 @@ def test_distributed_data_parallel(device, tmp_path: Path):
         assert got.keys() == set(NAMES[1:])
         for name, gradient in got.items():
             assert error(2 * gradient, expected[f"d{name}"]) < TOLERANCE[torch.float32], name
+
+
+class Seen(TorchDispatchMode):
+    """The names of the operators that pass by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+class Own(Tensor):
+    """A kind of tensor of its own."""
+
+
+def outputs_and_gradients(problem: Problem, form: str, look=nullcontext, kind=lambda x: x) -> list[Tensor]:
+    tensors = leaves(problem)
+    wanted = [tensors[name] for name in NAMES if tensors[name] is not None]
+    names = ("weight", "bias", "A", "B", "router_weight", "router_bias")
+    with look():
+        y = mor_kernels.mor_linear(
+            kind(tensors["x"]), *(tensors[name] for name in names),
+            ranks=problem.ranks, scaling=problem.scaling, bypass=problem.bypass, form=form,
+        )  # fmt: skip
+        return [y, *torch.autograd.grad(y, wanted, tensors["dy"])]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("ranks", "bypass"), [((2, 4, 8), True), ((4,), False)])
+def test_who_looks_on_sees_the_operators_and_the_same_bits(ranks, bypass, form, device):
+    problem = Problem(21, 24, 40, ranks=ranks, bypass=bypass, device=device)
+    plain = outputs_and_gradients(problem, form)
+    seen = Seen()
+    watched = outputs_and_gradients(problem, form, look=lambda: seen)
+    assert [name for name in seen.names if name.startswith("mor_kernels")] == [
+        "mor_kernels::linear_forward",
+        "mor_kernels::linear_backward",
+    ]
+    assert not any("addmm" in name for name in seen.names)
+    assert all(torch.equal(a, b) for a, b in zip(plain, watched, strict=True))
+
+
+def test_plain_eager_mode_does_without_the_operators(device, monkeypatch):
+    """Their registered autograd takes the host longer than several launches."""
+
+    def refuse(*args):
+        raise AssertionError("called")
+
+    monkeypatch.setattr(linear, "linear_forward", refuse)
+    monkeypatch.setattr(linear, "linear_backward", refuse)
+    problem = Problem(5, 8, 6, device=device)
+    outputs_and_gradients(problem, "branch")
+    with pytest.raises(AssertionError, match="called"):
+        outputs_and_gradients(problem, "branch", kind=lambda x: x.as_subclass(Own))
+
+
+def test_a_function_transform_sees_the_operators(device):
+    problem = Problem(4, 8, 6, device=device)
+    tensors = problem.tensors
+    names = ("weight", "bias", "A", "B", "router_weight", "router_bias")
+    options = {"ranks": problem.ranks, "scaling": problem.scaling, "bypass": problem.bypass}
+
+    def function(x: Tensor) -> Tensor:
+        return mor_kernels.mor_linear(x, *(tensors[name] for name in names), **options)
+
+    both = torch.stack([tensors["x"], -tensors["x"]])
+    with pytest.warns(UserWarning, match="batching rule"):
+        mapped = torch.func.vmap(function)(both)
+    assert torch.equal(mapped, torch.stack([function(x) for x in both]))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
