@@ -21,6 +21,7 @@ from ei.data.mrnet import MRNet
 from ei.data.phantom import Phantom
 from ei.data.prepare import Source
 from ei.data.prepare import prepare as prepare_source
+from ei.evaluation.shard import Shard
 from ei.interrupts import ElsewhereError, Interrupted
 from ei.progress import is_speaker
 
@@ -170,6 +171,10 @@ class Predict:
     """I/N: predict the I-th of N shares only, in processes of any number of machines that share a folder; the last
     to finish writes the CSV."""
 
+    def __post_init__(self) -> None:
+        if self.shard:
+            Shard.parse(self.shard)
+
 
 @dataclass(frozen=True)
 class Params:
@@ -200,6 +205,8 @@ def run(words: Sequence[str]) -> int:
         return 2
     try:
         return COMMANDS[words[0]](words[1:]) or 0
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError, ArithmeticError, ImportError) as error:
         if "EI_TRACEBACK" in os.environ:
             raise

@@ -126,7 +126,9 @@ def _require_same_settings(cell: Cell) -> None:
 def _read_folds(config: Config) -> dict[Path, Manifest]:
     """The manifests, which fit each other."""
     given = config.data.manifest
-    paths = [Path(given)] if Path(given).is_file() else [Path(path.strip()) for path in given.split(",")]
+    paths = [Path(path.strip()) for path in given.split(",") if path.strip()]
+    if not paths or os.path.isfile(given):
+        paths = [Path(given)]
     manifests = {path: read_manifest(path, config.data) for path in paths}
     first = next(iter(manifests.values()))
     whose: dict[str, Path] = {}

@@ -122,6 +122,8 @@ class ManifestError(ValueError):
         return [str(fault) for fault in self.faults]
 
     def __str__(self) -> str:
+        if [fault.row for fault in self.faults] == [0]:
+            return f"the manifest '{self.path}' {self.faults[0].text}"
         title = f"{self.path} has {counted(len(self.faults), 'problem')}:"
         lines = [title, *self.problems[:FAULTS_SHOWN]]
         if more := len(self.faults) - FAULTS_SHOWN:
@@ -161,11 +163,12 @@ def read_manifest(
             p1,train,normal,cfp/p1.png,oct/p1.png
             p2,test,amd,cfp/p2.png,"oct/p2_0.png;oct/p2_1.png"
     """
-    _require_fitting(config, classes, labelled)
     path = Path(path)
+    text = read_text(path)
+    _require_fitting(config, classes, labelled)
     problems, warnings = _Problems(), _Problems()
     needed = [name for name in _needed_columns(config, labelled) if name != "split" or not split]
-    records = _parse(_read_text(path), needed, problems)
+    records = _parse(text, needed, problems)
     if split:
         records = [replace(record, cells={**record.cells, "split": split}) for record in records]
     _check_filled(records, needed, config, problems)
@@ -268,13 +271,19 @@ class _Record:
         return self["patient"] if "patient" in self.cells else self["id"]
 
 
-def _read_text(path: Path) -> str:
-    if not path.is_file():
-        raise ManifestError(path, [Fault(0, "is not a regular file" if path.exists() else "does not exist")])
+def read_text(path: Path) -> str:
+    """The text of a manifest.
+
+    Raises:
+        ManifestError: there is no such file, it is not UTF-8, or its columns are not separated by commas.
+    """
     try:
+        if not path.is_file():
+            what = "is a folder" if path.is_dir() else "is not a regular file" if path.exists() else "does not exist"
+            raise ManifestError(path, [Fault(0, what)])
         content = path.read_bytes()
     except OSError as error:
-        raise ManifestError(path, [Fault(0, str(error.strerror))]) from error
+        raise ManifestError(path, [Fault(0, f"cannot be read: {error.strerror}")]) from error
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -283,16 +292,16 @@ def _read_text(path: Path) -> str:
         raise ManifestError(path, [Fault(row, problem)]) from error
     if "\0" in text:
         raise ManifestError(path, [Fault(0, "holds NUL bytes, so it is not a text in UTF-8")])
+    title = next((line for line in text.splitlines() if line.strip()), "")
+    for delimiter, name in ((";", "semicolons"), ("\t", "tabs")):
+        if delimiter in title and "," not in title:
+            problem = f"columns are separated by {name}; save the file with commas between columns"
+            raise ManifestError(path, [Fault(1, problem)])
     return text
 
 
 def _parse(text: str, needed: list[str], problems: _Problems) -> list[_Record]:
     """The rows that have as many cells as the header."""
-    title = next((line for line in text.splitlines() if line.strip()), "")
-    for delimiter, name in ((";", "semicolons"), ("\t", "tabs")):
-        if delimiter in title and "," not in title:
-            problems.add(1, f"columns are separated by {name}; save the file with commas between columns")
-            return []
     lines = list(_numbered_cells(text, problems))
     if len(lines) < 2 and not problems:
         problems.add(0, "has no rows below the header" if lines else "is empty; its first line must name the columns")

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from ei.config import Config
 from ei.data.listed import counted
@@ -25,6 +25,7 @@ from ei.data.loaders import samples_at_once
 from ei.data.manifest import Manifest, Row, read_manifest
 from ei.evaluation.inference import predict_batches
 from ei.evaluation.predictions import Predictions
+from ei.evaluation.shard import Shard
 from ei.evaluation.tables import prediction_table
 from ei.evaluation.temperature import read_temperatures
 from ei.exports import csv_bytes, plain
@@ -41,29 +42,6 @@ _MOST_PIECES = 1000
 """Enough that little is lost and work can be shared, and so few that writing them takes no time."""
 _PATHS = {"data": {"manifest"}, "model": {"weights", "aux_weights"}, "train": {"stage1_from"}}
 """Settings that are other on another machine; what they lead to is hashed, or compared when the run is loaded."""
-
-
-@dataclass(frozen=True)
-class Shard:
-    """Which of ``count`` processes this is, from 1."""
-
-    number: int
-    count: int
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """Of "2/8", the second of eight.
-
-        Raises:
-            ValueError: it is something else.
-        """
-        number, _, count = text.partition("/")
-        if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
-            raise ValueError(f"shard must be I/N with I from 1 to N, such as 2/8, got {text!r}")
-        return cls(int(number), int(count))
-
-    def __str__(self) -> str:
-        return f"{self.number}/{self.count}"
 
 
 def predict(run: str | Path, manifest: str | Path, out: str | Path, shard: str = "") -> bool:

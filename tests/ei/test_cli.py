@@ -1,3 +1,4 @@
+import os
 import re
 import shutil
 import subprocess
@@ -21,6 +22,19 @@ def test_help_comes_at_once():
         times.append(time.perf_counter() - started)
     assert all(command in output for command in COMMANDS)
     assert min(times) < 1
+
+
+@pytest.mark.fault("a reader of the output that has had enough, as head", "the end, without a word")
+@pytest.mark.parametrize("words", ["--help", "train --help", "check nowhere.csv"])
+def test_a_reader_that_has_had_enough(words):
+    """Small outputs meet it as they are flushed, large ones while they are printed."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run([*EI, *words.split()], stdout=writer, stderr=subprocess.PIPE, text=True)
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["-h"], ["help"]])
@@ -86,7 +100,10 @@ def test_flags_alone(manifest, tmp_path):
         (["train"], "train needs --manifest FILE"),
         (["train", "--config"], "--config needs the name of a YAML file"),
         (["train", "--config", "nowhere.yaml"], "cannot use the configuration nowhere.yaml"),
-        (["train", "--manifest", "nowhere.csv", "--modalities", "a,b"], "nowhere.csv has 1 problem"),
+        (
+            ["train", "--manifest", "nowhere.csv", "--modalities", "a,b"],
+            "ei train: the manifest 'nowhere.csv' does not exist\n",
+        ),
         (["prepare", "mrnet", "nowhere"], "nowhere must be the folder MRNet-v1.0 of the release"),
         (["evaluate", "nowhere"], "nowhere is no run"),
         (["predict", "nowhere", "--manifest", "x.csv"], "nowhere is no run"),
@@ -117,6 +134,16 @@ def test_one_sentence_and_code_1(words, message, capsys):
 def test_a_setting_that_cannot_be_is_one_sentence(words, message, capsys):
     assert run(words.split()) == 1
     assert capsys.readouterr().err == f"{message}\n"
+
+
+@pytest.mark.fault("a share of the rows that is none", "one sentence, before torch is there")
+@pytest.mark.parametrize("shard", ["abc", "0/2", "3/2", "2-8", "/"])
+def test_a_share_is_looked_at_first(shard):
+    words = ["predict", "nowhere", "--manifest", "m.csv", f"--shard={shard}"]
+    code = f"import sys, ei.cli; code = ei.cli.run({words}); assert 'torch' not in sys.modules; sys.exit(code)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == f"ei predict: shard must be I/N with I from 1 to N, such as 2/8, got '{shard}'\n"
 
 
 @pytest.mark.parametrize("words", ["train --epochs many", "train --ranks a,b", "train --fusion nope", "evaluate"])

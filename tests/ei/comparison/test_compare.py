@@ -298,7 +298,10 @@ def test_folds_that_do_not_fit(folds: list[Path], study_config: Any, tmp_path: P
 @pytest.mark.parametrize(
     ("changes", "methods", "message"),
     [
-        ({"manifest": "nowhere.csv"}, ["ei"], "nowhere.csv"),
+        ({"manifest": "nowhere.csv"}, ["ei"], "the manifest 'nowhere.csv' does not exist"),
+        ({"manifest": ","}, ["ei"], "the manifest ',' does not exist"),
+        ({"manifest": ", nowhere.csv,"}, ["ei"], "the manifest 'nowhere.csv' does not exist"),
+        ({"manifest": "nowhere.csv," * 30}, ["ei"], "the manifest 'nowhere.csv' does not exist"),  # no name of a file
         ({}, ["uni:cfp"], "'uni:cfp' is the first stage of another method, and none of the others has one"),
         ({}, ["uni:cfp", "late:lora"], "add such as late:mor"),
         ({}, ["ei", "nowhere"], "method 'nowhere': fusion must be"),

@@ -499,7 +499,7 @@ def test_the_message_holds_the_file_and_every_problem(folder: Path) -> None:
 
 
 @pytest.mark.fault("a manifest: {kind}", "refused")
-@pytest.mark.parametrize(("kind", "reason"), [("directory", "is not a regular file"), ("fifo", "is not a regular file"),
+@pytest.mark.parametrize(("kind", "reason"), [("directory", "is a folder"), ("fifo", "is not a regular file"),
                                               ("missing", "does not exist")])  # fmt: skip
 def test_a_manifest_that_is_no_file(folder: Path, kind: str, reason: str) -> None:
     path = folder / "manifest.csv"
