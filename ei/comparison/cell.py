@@ -13,7 +13,7 @@ from typing import Any
 from ei.comparison.methods import Method, stage1_key
 from ei.comparison.table import COSTS
 from ei.config import Config
-from ei.runs.folder import RunFolder, StageFolder
+from ei.runs.folder import CELL, RunFolder, StageFolder
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +38,7 @@ class Cell:
 
     @property
     def note(self) -> Path:
-        return self.folder / "cell.json"
+        return self.folder / CELL
 
     @property
     def state(self) -> str:

@@ -12,7 +12,7 @@ from ei.config import ADAPTERS, Config
 from ei.data.manifest import Manifest
 from ei.models import Backbone, build_model, load_backbone
 from ei.runs.checkpoint import Checkpoint, read_checkpoint, restore
-from ei.runs.folder import RunFolder
+from ei.runs.folder import RunFolder, require_run
 from ei.runs.setup import MAY_CHANGE
 from ei.runtime import fingerprint, same_weights
 
@@ -90,9 +90,7 @@ def changed_data(notes: Mapping[str, Any], config: Config, manifest: Manifest) -
 
 def open_run(run: str | Path) -> tuple[RunFolder, Config]:
     """A run's folder and configuration; a ValueError if it is no run."""
-    folder = RunFolder(Path(run))
-    if not folder.config.is_file():
-        raise ValueError(f"{folder.path} is no run: it has no {folder.config.name}")
+    folder = require_run(Path(run))
     return folder, Config.load(folder.config, of_run=True)
 
 

@@ -107,7 +107,7 @@ def test_flags_alone(manifest, tmp_path):
         (["prepare", "mrnet", "nowhere"], "nowhere must be the folder MRNet-v1.0 of the release"),
         (["evaluate", "nowhere"], "nowhere is no run"),
         (["predict", "nowhere", "--manifest", "x.csv"], "nowhere is no run"),
-        (["report", "nowhere"], "cannot read nowhere/metrics.json"),
+        (["report", "nowhere"], "nowhere is no run: there is no such folder"),
         (["params", "--modalities", "a", "--classes", "4", "--backbone", "tiny"], "at least two"),
         (["params", "--modalities", "a,b", "--classes", "0", "--backbone", "tiny"], "num_classes must be at least 1"),
     ],

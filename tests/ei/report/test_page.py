@@ -435,8 +435,8 @@ def test_gate_maps_show_ranks_bypass_and_means(page: Page) -> None:
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("metrics.json", None, "cannot read .*metrics.json"),
-        ("config.yaml", None, "cannot read .*config.yaml"),
+        ("metrics.json", None, "has not been evaluated yet .*metrics.json is missing.; 'ei evaluate .*' does it"),
+        ("config.yaml", None, "is no run: it has no config.yaml"),
         ("config.yaml", "a: [", "config.yaml is not YAML"),
         ("config.yaml", "just words", "config.yaml must hold sections"),
         ("metrics.json", "{", "metrics.json is not JSON"),
