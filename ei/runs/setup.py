@@ -76,30 +76,33 @@ def require_measurable(manifest: Manifest, *, alone: bool = True) -> None:
     Args:
         alone: Each modality is trained alone first, so the same must be true of the rows that have it.
     """
-    missing = manifest.missing()
-    counts = _measurable_counts(manifest, "", "is a label misspelt, or a split wrong?")
-    for modality in missing if alone else ():
-        _measurable_counts(manifest.having(modality), f" with {modality}", "add such rows, or train with --stages 2")
-    numbers = zip(manifest.classes, *counts.values(), strict=True)
+    _require_measurable(manifest, "", "is a label misspelt, or a split wrong?")
+    for modality in manifest.missing() if alone else ():
+        having = manifest.having(modality)
+        _require_measurable(having, f" with {modality}", "add such rows, or train with --stages 2")
+
+
+def tell_rows(manifest: Manifest) -> None:
+    """How many each split has of each class, and how many of them lack a modality."""
+    counts = [_positives(manifest, split).sum(0) for split in SPLITS]
+    numbers = zip(manifest.classes, *counts, strict=True)
     say(f"classes, {'/'.join(SPLITS)} rows: " + ", ".join(f"{name} {a}/{b}/{c}" for name, a, b, c in numbers))
-    for modality, lacking in missing.items():
+    for modality, lacking in manifest.missing().items():
         say(f"rows without {modality}, {'/'.join(SPLITS)}: " + "/".join(str(lacking.get(split, 0)) for split in SPLITS))
 
 
-def _measurable_counts(manifest: Manifest, which: str, way_out: str) -> dict[str, np.ndarray]:
-    """Rows of each class (C,) by split."""
-    counts = {split: _positives(manifest, split).sum(0) for split in SPLITS}
+def _require_measurable(manifest: Manifest, which: str, way_out: str) -> None:
+    counts = {split: _positives(manifest, split).sum(0) for split in ("train", "val")}  # of each class (C,)
     unseen = [name for name, count in zip(manifest.classes, counts["train"], strict=True) if not count]
     if unseen:
         raise ValueError(f"no train row{which} is of class {', '.join(unseen)}; {way_out}")
-    for split in ("train", "val"):
+    for split, of_class in counts.items():
         rows = len(manifest.split(split))
-        if rows and not any(0 < count < rows for count in counts[split]):
+        if rows and not any(0 < count < rows for count in of_class):
             raise ValueError(
                 f"the {split} rows{which} are all alike, so no average precision can be computed on them; add {split}"
                 " rows of other classes, or leave val out altogether to train for exactly --epochs epochs"
             )
-    return counts
 
 
 def resumes(folder: RunFolder, config: Config) -> bool:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -11,19 +12,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from ei import train
 from ei.cli import run
 from ei.comparison import running
 from ei.comparison.compare import compare
-from ei.comparison.plan import make_plan
+from ei.comparison.plan import Plan, make_plan
 from ei.comparison.running import run_plan
 from ei.comparison.table import tabulate
-from ei.config import Config
+from ei.config import Config, ModelConfig
 from ei.data.manifest import read_manifest
 from ei.demo import demo_config, pretrain, write_pairs
 from ei.evaluation.predictions import Predictions, stored_logits
 from ei.interrupts import Interrupted
+from ei.models import load_backbone
 from ei.report.figures import Picture
 from ei.runs.folder import RunFolder
 from ei.runs.setup import locked, resolved
@@ -337,15 +340,61 @@ def test_rows_without_the_only_modality_are_said_before_training(
     assert make_plan(config, ["late", "uni:cfp"], seeds=1, out=tmp_path / "out").cells
 
 
-def test_what_all_methods_fail_of_is_said_once(manifest: Path, study_config: Any, tmp_path: Path) -> None:
+@pytest.mark.fault("weights of a comparison that are missing, damaged, or of another model", "refused before training")
+@pytest.mark.parametrize("auxiliary", [False, True])
+def test_weights_that_cannot_be_used(auxiliary: bool, manifest: Path, study_config: Any, tmp_path: Path) -> None:
     config = study_config(manifest)
     weights = tmp_path / "weights.safetensors"
-    config = replace(config, model=replace(config.model, weights=str(weights)))
+    named = {"aux_backbone": "tiny", "aux_weights": str(weights)} if auxiliary else {"weights": str(weights)}
+    config = replace(config, model=replace(config.model, **named))
     with pytest.raises(ValueError, match=r"^weights must be a file, but there is none at \S+$"):
         make_plan(config, ["late", "ei"], seeds=2, out=tmp_path / "out")
     weights.write_bytes(b"damaged")
-    with pytest.raises(ValueError, match=r"^every method failed: cannot read weights from \S+: the file is damaged"):
-        compare(config, ["late", "ei"], tmp_path / "out", seeds=2)
+    with pytest.raises(ValueError, match=r"^cannot read weights from \S+: the file is damaged"):
+        make_plan(config, ["late", "ei"], seeds=2, out=tmp_path / "out")
+    save_file({"a": torch.zeros(2)}, weights)
+    with pytest.raises(ValueError, match=r"^weights \S+ do not fit the backbone: missing: "):
+        make_plan(config, ["late", "ei"], seeds=2, out=tmp_path / "out")
+    save_file(load_backbone(ModelConfig(backbone="tiny"), 8).vit.state_dict(), weights)
+    assert make_plan(config, ["late", "ei"], seeds=2, out=tmp_path / "out").cells
+
+
+@pytest.mark.fault("a first stage that a comparison cannot take over", "refused before training")
+def test_a_first_stage_that_cannot_be_taken_over(finished: Path, study_config: Any, tmp_path: Path) -> None:
+    def planned(source: Path, methods: list[str], out: str = "out") -> Plan:
+        config = study_config(finished.parent / "study/manifest.csv", stage1_from=str(source))
+        return make_plan(config, methods, seeds=1, out=tmp_path / out)
+
+    assert planned(finished, ["ei", "late", "mm-mil", "uni:cfp"]).cells
+    with pytest.raises(ValueError, match="^method 'ei': .*nowhere is no run: there is no such folder$"):
+        planned(tmp_path / "nowhere", ["mm-mil", "ei"])
+    with pytest.raises(
+        ValueError, match="^method 'late:lora': stage1_from .* cannot be used here, its adapter differ$"
+    ):
+        planned(finished, ["ei", "late:lora"])
+    unfinished = shutil.copytree(finished, tmp_path / "unfinished")
+    (unfinished / "stage1/oct/finished").unlink()
+    with pytest.raises(ValueError, match="its stage 1 of 'oct' is not finished$"):
+        planned(unfinished, ["ei"])
+
+
+@pytest.mark.fault("a class of which a comparison has no train row", "refused before training")
+def test_a_class_that_cannot_be_learned(manifest: Path, study_config: Any, tmp_path: Path) -> None:
+    lines = manifest.read_text().splitlines(True)
+    manifest.write_text("".join(line for line in lines if ",train,grey," not in line))
+    with pytest.raises(ValueError, match="^no train row is of class grey; is a label misspelt"):
+        make_plan(study_config(manifest), ["mm-mil"], seeds=1, out=tmp_path / "out")
+
+
+def test_what_all_methods_fail_of_is_said_once(
+    manifest: Path, study_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(config: Config, run: Path) -> Path:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(running, "train", fails)
+    with pytest.raises(ValueError, match="^every method failed: out of memory$"):
+        compare(study_config(manifest), ["late", "ei"], tmp_path / "out", seeds=2)
 
 
 @pytest.mark.fault("a comparison whose settings or manifest have changed since", "refused before training, with names")
