@@ -69,6 +69,11 @@ class Row:
         """Whether the sample has an image of each of these modalities."""
         return all(self.images[modality] for modality in modalities)
 
+    def count_images(self, modality: str, config: DataConfig) -> int:
+        """How many images of a modality the model gets of the sample, at most: files, and slices of volumes."""
+        counts = [config.slices if self.checked[file].slices > 1 else 1 for file in self.images[modality]]
+        return max(counts, default=0) if config.images == "one" else sum(counts)
+
     def only(self, modalities: Collection[str]) -> "Row":
         """The same sample, as if it had no others than these modalities."""
         return replace(self, images={name: files if name in modalities else () for name, files in self.images.items()})

@@ -33,7 +33,7 @@ from ei.processes import Processes
 from ei.progress import say
 from ei.runs.folder import RunFolder
 from ei.runs.loading import load
-from ei.runs.setup import MAY_CHANGE, tell_warnings
+from ei.runs.setup import MAY_CHANGE, require_positions, tell_warnings
 from ei.runtime import environment
 from mor.files import write_atomically
 
@@ -80,6 +80,7 @@ def predict(run: str | Path, manifest: str | Path, out: str | Path, shard: str =
     with processes.first_before_others():  # images that one has read, the others need not
         table = read_manifest(manifest, data, classes=data.classes, labelled=False)
     tell_warnings(table, manifest)
+    require_positions(config, table)
     at_once = samples_at_once(config.train, 1)
     origin = _origin(RunFolder(Path(run)), config, Path(manifest), table) | {"temperatures": str(temperatures)}
     pieces = Pieces(out, table.rows, at_once, origin)

@@ -35,6 +35,7 @@ def resolved(config: Config, manifest: Manifest) -> Config:
         )
     if config.train.temperature:
         require_val_rows(manifest)
+    require_positions(config, manifest)
     data = replace(
         config.data,
         classes=manifest.classes,
@@ -53,6 +54,20 @@ def resolved(config: Config, manifest: Manifest) -> Config:
 
 def _absolute(path: str) -> str:
     return str(Path(path).resolve()) if path else ""
+
+
+def require_positions(config: Config, manifest: Manifest) -> None:
+    """Raise a ValueError if a row has more images of a modality than the fusion has learned positions for."""
+    if config.model.fusion != "raddiag":
+        return
+    places = ((row, modality) for row in manifest.rows for modality in manifest.modalities)
+    counts = ((row.count_images(modality, config.data), row, modality) for row, modality in places)
+    most, row, modality = max(counts, key=lambda each: each[0])
+    if most > config.baseline.raddiag_slices:
+        raise ValueError(
+            f"raddiag_slices must be at least the number of images of a modality, {most} ({modality} of row"
+            f" {row.number}, id '{row.id}'), got {config.baseline.raddiag_slices}"
+        )
 
 
 def require_val_rows(manifest: Manifest) -> None:
