@@ -520,6 +520,13 @@ def test_with_temperatures_both_calibrations_are_shown(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize(("temperature", "remarked"), [(1.7, False), (812.0, True)])
+def test_a_temperature_far_from_1_is_remarked_on(tmp_path: Path, temperature: float, remarked: bool) -> None:
+    page = Page(write_report(make_run(tmp_path / "run", splits=("test", "val"), temperature=temperature)))
+    assert ("a temperature beyond 0.05 to 20 (fused 812" in page.text("calibration")) == remarked
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_calibration_of_several_labels_is_shown_by_class(tmp_path: Path) -> None:
     page = Page(write_report(make_run(tmp_path / "run", classes=("a", "b"), splits=("test",), multi_label=True)))
     assert "a: ECE" in page.text("calibration") and "b: ECE" in page.text("calibration")
