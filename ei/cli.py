@@ -119,8 +119,8 @@ class Compare:
     """
 
     methods: Names
-    """FUSION or FUSION:ADAPTER (as ei, late, ei:lora, ei:mor-no-bypass), uni:MODALITY, or YAML files of settings; the
-    others are compared with the first."""
+    """FUSION or FUSION:ADAPTER (as ei, late, ei:lora, ei:mor-no-bypass), uni:MODALITY[:ADAPTER], or YAML files of
+    settings; the others are compared with the first."""
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
     """What all methods share."""
     seeds: int = 3

@@ -131,7 +131,7 @@ def _require_stage1(cell: Cell, manifest: Manifest) -> None:
 def _require_same_settings(cell: Cell) -> None:
     """Raise a ValueError if what is in the cell's folder was begun with other settings, or on another manifest."""
     if cell.method.modality is None:
-        resumes(RunFolder(cell.folder), cell.taking_stage1(cell.begun.train.stage1_from))
+        resumes(RunFolder(cell.folder), cell.going_on)
     else:
         require_usable(cell.folder)
     if not cell.note.is_file():

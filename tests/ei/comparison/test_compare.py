@@ -412,6 +412,66 @@ def test_a_comparison_of_other_settings(
     assert len(pretended) == 1
 
 
+def test_another_number_of_resamplings_only_makes_new_tables(
+    manifest: Path, study_config: Any, tmp_path: Path, pretended: list[Path]
+) -> None:
+    config, out = study_config(manifest), tmp_path / "out"
+    first = compare(config, ["ei", "late"], out, seeds=1)
+    (out / "late/seed-0/cell.json").unlink()  # as if stopped there
+    before = (out / "ei/seed-0/config.yaml").read_bytes(), (out / "late/seed-0/config.yaml").read_bytes()
+    more = replace(config, train=replace(config.train, bootstrap=400))
+    second = compare(more, ["ei", "late"], out, seeds=1)
+    assert names(pretended, out) == ["ei/seed-0", "late/seed-0", "late/seed-0"]
+    assert ((out / "ei/seed-0/config.yaml").read_bytes(), (out / "late/seed-0/config.yaml").read_bytes()) == before
+    assert (first["bootstrap"], second["bootstrap"]) == (50, 400)
+    old, new = (content["methods"][1]["sources"]["fused"]["measures"]["mAP"] for content in (first, second))
+    assert old["value"] == new["value"] and (old["low"], old["high"]) != (new["low"], new["high"])
+    assert "400 resamplings" in " ".join((out / "comparison.html").read_text().split())
+
+
+@pytest.mark.fault("a comparison's folder that was moved", "first stages are found, and what they cost")
+@pytest.mark.parametrize("several", [False, True])
+def test_a_folder_that_was_moved(
+    several: bool, manifest: Path, folds: list[Path], study_config: Any, tmp_path: Path, pretended: list[Path]
+) -> None:
+    config, out = study_config(",".join(map(str, folds)) if several else manifest), tmp_path / "out"
+    content = compare(config, ["ei", "late"], out, seeds=1)
+    begun = out / "late" / ("fold1" if several else "") / "seed-0"
+    for stage in begun.glob("stage1/*"):
+        (stage / "metrics.jsonl").unlink()  # as where it is taken over and not trained
+    (begun / "cell.json").unlink()
+    moved = out.rename(tmp_path / "moved")
+    compare(config, ["ei", "late"], moved, seeds=1)
+    begun = moved / begun.relative_to(out)
+    assert pretended[-1] == begun and len(pretended) == (7 if several else 3)
+    assert Config.load(begun / "config.yaml").train.stage1_from == str(moved / "ei" / begun.relative_to(moved / "late"))
+    notes = [json.loads(path.read_text()) for path in sorted((moved / "late").rglob("cell.json"))]
+    assert all(note["stage1_from"].startswith("../") and note["seconds"] == 6 for note in notes)
+    assert content["methods"][1]["cost"]["seconds"] == sum(note["seconds"] for note in notes)
+
+
+def test_one_modality_of_several_adapters(
+    manifest: Path, study_config: Any, tmp_path: Path, pretended: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[str] = []
+
+    def load(run: Path, modality: str) -> tuple[torch.nn.Module, Config]:
+        loaded.append(f"{run.relative_to(tmp_path / 'out')} {modality}")
+        return torch.nn.Identity(), Config.load(run / "config.yaml")
+
+    monkeypatch.setattr(running, "load", load)
+    logits = np.random.default_rng(0).normal(size=(9, 3)).astype(np.float32)
+    monkeypatch.setattr(running, "predict_rows", lambda *_, **__: Predictions(logits, {}, None))
+    methods = ["ei", "ei:lora", "uni:cfp", "uni:cfp:lora", "uni:oct:lora"]
+    content = compare(study_config(manifest), methods, tmp_path / "out", seeds=1)
+    assert loaded == ["ei/seed-0 cfp", "ei+lora/seed-0 cfp", "ei+lora/seed-0 oct"]
+    assert [method["name"] for method in content["methods"] if not method["failed"]] == methods
+    parameters = [method["parameters"] for method in content["methods"][2:]]
+    assert parameters[0] > parameters[1] == parameters[2]
+    with pytest.raises(ValueError, match="with adapter 'full'; add such as late:full$"):
+        make_plan(study_config(manifest), ["ei", "uni:cfp:full"], seeds=1, out=tmp_path / "other")
+
+
 @pytest.mark.fault("two comparisons in one folder", "the second is refused")
 def test_two_comparisons_in_one_folder(
     manifest: Path, study_config: Any, tmp_path: Path, pretended: list[Path]
