@@ -542,7 +542,7 @@ def _objection(name: str, place: str, root: str | None) -> str:
 
 
 def _check_classes(records: list[_Record], config: DataConfig, classes: Sequence[str], warnings: _Problems) -> None:
-    """Classes that a split lacks, or a modality in training; and names that differ in capitals or spaces only."""
+    """Classes that a split lacks, or a modality in training; and names that are nearly the same."""
     for split in SPLITS:
         rows = [record for record in records if record["split"] == split]
         lacking = _lacking(rows, config, classes)
@@ -556,10 +556,23 @@ def _check_classes(records: list[_Record], config: DataConfig, classes: Sequence
                 warnings.add(0, f"has no train row of {', '.join(sorted(without))} with {modality}; {effect}")
     spelt: dict[str, list[str]] = defaultdict(list)
     for name in classes:
-        spelt["".join(name.casefold().split())].append(name)
+        spelt[_as_spelt(name)].append(name)
     for names in spelt.values():
         if len(names) > 1:
             warnings.add(0, f"has classes whose names are nearly the same: {', '.join(map(repr, names))}")
+
+
+def _as_spelt(name: str) -> str:
+    """The same for names that differ in capitals and spaces, or are one number.
+
+    >>> [_as_spelt(name) for name in ("Wet AMD", "wetamd", "1", "1.0", "01")]
+    ['wetamd', 'wetamd', '1.0', '1.0', '1.0']
+    """
+    plain = "".join(name.casefold().split())
+    try:
+        return str(float(plain))
+    except ValueError:
+        return plain
 
 
 def _lacking(records: list[_Record], config: DataConfig, classes: Sequence[str]) -> list[str]:

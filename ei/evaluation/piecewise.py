@@ -33,7 +33,7 @@ from ei.processes import Processes
 from ei.progress import say
 from ei.runs.folder import RunFolder
 from ei.runs.loading import load
-from ei.runs.setup import MAY_CHANGE, require_positions, tell_warnings
+from ei.runs.setup import MAY_CHANGE, require_positions, require_usable, tell_warnings
 from ei.runtime import environment
 from mor.files import write_atomically
 
@@ -67,6 +67,7 @@ def predict(run: str | Path, manifest: str | Path, out: str | Path, shard: str =
     out = Path(out)
     if out.is_dir() or out.resolve() == Path(manifest).resolve():
         raise ValueError(f"out must be a file of its own, got {out}")
+    require_usable(_parts(out))
     share = Shard.parse(shard) if shard else None
     model, config = load(run)
     temperatures = read_temperatures(RunFolder(Path(run))) if config.train.temperature else {}
@@ -99,6 +100,10 @@ def predict(run: str | Path, manifest: str | Path, out: str | Path, shard: str =
         return pieces.finish(share)
     processes.gathered(None)  # all are through
     return processes.first(pieces.finish)
+
+
+def _parts(out: Path) -> Path:
+    return out.with_name(f"{out.name}.parts")
 
 
 def _make(
@@ -135,7 +140,7 @@ class Pieces:
 
     @property
     def folder(self) -> Path:
-        return self.out.with_name(f"{self.out.name}.parts")
+        return _parts(self.out)
 
     @property
     def size(self) -> int:

@@ -91,7 +91,10 @@ def changed_data(notes: Mapping[str, Any], config: Config, manifest: Manifest) -
 def open_run(run: str | Path) -> tuple[RunFolder, Config]:
     """A run's folder and configuration; a ValueError if it is no run."""
     folder = require_run(Path(run))
-    return folder, Config.load(folder.config, of_run=True)
+    config = Config.load(folder.config, of_run=True)
+    if not config.data.classes:
+        raise ValueError(f"cannot use the configuration {folder.config}: it names no classes, as that of a run does")
+    return folder, config
 
 
 def stage1_checkpoint(

@@ -36,6 +36,8 @@ def resolved(config: Config, manifest: Manifest) -> Config:
     if config.train.temperature:
         require_val_rows(manifest)
     require_positions(config, manifest)
+    if config.data.cache and Path(config.data.cache).exists() and not Path(config.data.cache).is_dir():
+        raise ValueError(f"cache must be a folder, got {config.data.cache}")
     data = replace(
         config.data,
         classes=manifest.classes,
@@ -147,13 +149,13 @@ def resumes(folder: RunFolder, config: Config) -> bool:
     return True
 
 
-def require_usable(folder: Path) -> None:
+def require_usable(folder: Path, way_out: str = "choose another with --out") -> None:
     """Raise a ValueError unless it is a folder that can be written to, or can be made one."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
-        raise ValueError(f"{there} exists and is not a folder; choose another with --out")
+        raise ValueError(f"{there} exists and is not a folder; {way_out}")
     if not os.access(there, os.W_OK):
-        raise ValueError(f"{there} cannot be written to; choose another folder with --out")
+        raise ValueError(f"{there} cannot be written to; {way_out}")
 
 
 @contextmanager

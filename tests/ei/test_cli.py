@@ -1,5 +1,6 @@
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -99,7 +100,7 @@ def test_flags_alone(manifest, tmp_path):
     [
         (["train"], "train needs --manifest FILE"),
         (["train", "--config"], "--config needs the name of a YAML file"),
-        (["train", "--config", "nowhere.yaml"], "cannot use the configuration nowhere.yaml"),
+        (["train", "--config", "nowhere.yaml"], "cannot use the configuration 'nowhere.yaml': there is no such file"),
         (
             ["train", "--manifest", "nowhere.csv", "--modalities", "a,b"],
             "ei train: the manifest 'nowhere.csv' does not exist\n",
@@ -129,6 +130,13 @@ def test_one_sentence_and_code_1(words, message, capsys):
         ),
         ("compare --methods ei --std 1,0,1", "ei compare: std must be three positive numbers, got (1.0, 0.0, 1.0)"),
         ("phantom --out nowhere --samples 0", "ei phantom: samples must be at least 20, got 0"),
+        ("train --seed -1", "ei train: seed must be at least 0 and below 2 to the 63rd, got -1"),
+        ("demo --seed -1 --out nowhere", "ei demo: seed must be at least 0 and below 2 to the 63rd, got -1"),
+        ("train --image-size 1000000", "ei train: image_size must be at most 8192, got 1000000"),
+        ("train --lr inf", "ei train: lr must be finite, got inf"),
+        ("train --mean 0,nan,0", "ei train: mean must be finite, got (0.0, nan, 0.0)"),
+        ("train --alphas 1,inf,1", "ei train: alphas must be finite, got (1.0, inf, 1.0)"),
+        ("train --fusion joint --joint-weight inf", "ei train: joint_weight must be finite, got inf"),
     ],
 )
 def test_a_setting_that_cannot_be_is_one_sentence(words, message, capsys):
@@ -144,6 +152,17 @@ def test_a_share_is_looked_at_first(shard):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr == f"ei predict: shard must be I/N with I from 1 to N, such as 2/8, got '{shard}'\n"
+
+
+@pytest.mark.fault("an empty word as a path, as of a shell's variable that is not set", "usage, and nothing is done")
+@pytest.mark.parametrize(
+    "words", ["train --out=", "compare --methods ei --out=", "evaluate ''", "predict run --manifest=", "check ''"]
+)
+def test_an_empty_path_is_not_where_one_is(words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(shlex.split(words))
+    assert stopped.value.code == 2
+    assert "a path must not be empty" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("words", ["train --epochs many", "train --ranks a,b", "train --fusion nope", "evaluate"])

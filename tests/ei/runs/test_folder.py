@@ -61,3 +61,11 @@ def test_every_command_says_so(words: str, comparison: Path, capsys: pytest.Capt
 def test_another_run_to_compare_with_is_one(finished: Path, comparison: Path, capsys) -> None:
     assert run(["report", str(finished), "--against", str(comparison / "ei")]) == 1
     assert "is no run: it is a folder of runs" in capsys.readouterr().err
+
+
+@pytest.mark.fault("a run's config.yaml that is empty, or not that of a run", "refused, and no weights are asked for")
+@pytest.mark.parametrize("text", ["", "data: {modalities: [cfp, oct]}"])
+def test_a_configuration_without_classes_is_none_of_a_run(text: str, tmp_path: Path, capsys) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    assert run(["evaluate", str(tmp_path)]) == 1
+    assert "config.yaml: it names no classes, as that of a run does\n" in capsys.readouterr().err
