@@ -1,6 +1,7 @@
 """What 'ei check' tells of a manifest: as lines for people, as JSON for programs. Imports no torch."""
 
 import csv
+import io
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from ei.config import DataConfig
 from ei.data.listed import Fault, counted
-from ei.data.manifest import FAULTS_SHOWN, ManifestError, read_manifest
+from ei.data.manifest import FAULTS_SHOWN, ManifestError, read_manifest, read_text
 
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".npy", ".nii", ".nii.gz", ".dcm")
 _NO_IMAGES = ("id", "patient", "split")
@@ -40,6 +41,9 @@ class CheckReport:
 
     def lines(self) -> Iterator[str]:
         """For a screen: the first faults, the first warnings, and what is there."""
+        if [fault.row for fault in self.faults] == [0] and not self.warnings:
+            yield str(ManifestError(Path(self.manifest), self.faults))
+            return
         for kind, found in (("problem", self.faults), ("warning", self.warnings)):
             if found:
                 yield f"{counted(len(found), kind)}:"
@@ -68,9 +72,9 @@ def check_manifest(path: Path, config: DataConfig, *, labelled: bool = True, cac
     Raises:
         ValueError: the modalities are not given, and no column names images.
     """
-    if not config.modalities:
-        config = replace(config, modalities=image_columns(path, besides=config.labels))
     try:
+        if not config.modalities:
+            config = replace(config, modalities=image_columns(path, besides=config.labels))
         manifest = read_manifest(path, config, labelled=labelled, cache=cache)
     except ManifestError as error:
         return CheckReport(str(path), config.modalities, {}, {}, (), error.faults, error.warnings)
@@ -83,17 +87,19 @@ def image_columns(path: Path, besides: Sequence[str]) -> tuple[str, ...]:
     """The columns whose first cell that is not empty names an image.
 
     Raises:
-        ValueError: there are none, or the file cannot be read.
+        ManifestError: the file cannot be read.
+        ValueError: there are none.
     """
     names: dict[str, bool] = {}
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            for row in csv.DictReader(file):
-                for column, cell in row.items():
-                    if isinstance(cell, str) and cell.strip() and column:
-                        names.setdefault(column.strip(), cell.strip().lower().endswith(_IMAGE_SUFFIXES))
-    except (OSError, ValueError, csv.Error) as error:
+        for row in csv.DictReader(io.StringIO(read_text(path), newline="")):
+            for column, cell in row.items():
+                if isinstance(cell, str) and cell.strip() and column:
+                    names.setdefault(column.strip(), cell.strip().lower().endswith(_IMAGE_SUFFIXES))
+    except csv.Error as error:
         raise ValueError(f"cannot read {path}: {error}; name the columns with --modalities to see more") from error
+    if not names:
+        raise ManifestError(path, [Fault(0, "has no rows")])
     found = tuple(name for name, is_image in names.items() if is_image and name not in (*_NO_IMAGES, *besides))
     if not found:
         raise ValueError(f"no column of {path} names images; name them with --modalities")

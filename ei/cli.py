@@ -12,15 +12,17 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast
 
 import tyro
+from tyro.constructors import PrimitiveConstructorSpec
 
 from ei import explain_missing
-from ei.config import BaselineConfig, Config, DataConfig, ModelConfig, Names, find_config
+from ei.config import BaselineConfig, Config, DataConfig, ModelConfig, Names, TrainConfig, find_config
 from ei.data.derm7pt import Derm7pt
 from ei.data.mmc_amd import MmcAmd
 from ei.data.mrnet import MRNet
 from ei.data.phantom import Phantom
 from ei.data.prepare import Source
 from ei.data.prepare import prepare as prepare_source
+from ei.evaluation.shard import Shard
 from ei.interrupts import ElsewhereError, Interrupted
 from ei.progress import is_speaker
 
@@ -47,21 +49,43 @@ commands:
 Command = TypeVar("Command")
 
 
+def _path(words: list[str]) -> Path:
+    """Of a shell's variable that is not set, there is an empty word, which would be the folder that one is in."""
+    if not words[0]:
+        raise ValueError("a path must not be empty")
+    return Path(words[0])
+
+
+APath = Annotated[
+    Path,
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=_path,
+        is_instance=lambda value: isinstance(value, Path),
+        str_from_instance=lambda value: [str(value)],
+    ),
+]
+
+
 @dataclass(frozen=True)
 class Demo:
     """Train on pairs of handwritten digits: each image alone can tell only half of the class."""
 
-    out: Path = Path("runs/demo")
+    out: APath = Path("runs/demo")
     """Folder to write to; a demo that is there is replaced."""
     seed: int = 0
     """Of everything that is random."""
+
+    def __post_init__(self) -> None:
+        TrainConfig(seed=self.seed)  # which refuses what cannot be one
 
 
 @dataclass(frozen=True)
 class Draw:
     """Draw patients, fundus-like discs and OCT-like layers, whose signs are known; a cartoon for tests and trials."""
 
-    out: Path
+    out: APath
     """Folder to write to, new or empty."""
     phantom: Annotated[Phantom, tyro.conf.arg(name="")] = field(default_factory=Phantom)
 
@@ -77,7 +101,7 @@ Prepare = (
 class Check:
     """Read a manifest and all of its images; exit code 1 if something is wrong. --config FILE gives the columns."""
 
-    manifest: tyro.conf.Positional[Path]
+    manifest: tyro.conf.Positional[APath]
     """The CSV with the samples."""
     modalities: Names = ()
     """Columns with image paths; empty: all columns whose first cell names an image."""
@@ -106,7 +130,7 @@ class Train:
     """
 
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
-    out: Path = Path("runs/latest")
+    out: APath = Path("runs/latest")
     """Folder of the run: new, empty, or that of a run that was stopped, which then goes on."""
 
 
@@ -118,8 +142,8 @@ class Compare:
     """
 
     methods: Names
-    """FUSION or FUSION:ADAPTER (as ei, late, ei:lora, ei:mor-no-bypass), uni:MODALITY, or YAML files of settings; the
-    others are compared with the first."""
+    """FUSION or FUSION:ADAPTER (as ei, late, ei:lora, ei:mor-no-bypass), uni:MODALITY[:ADAPTER], or YAML files of
+    settings; the others are compared with the first."""
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
     """What all methods share."""
     seeds: int = 3
@@ -128,7 +152,7 @@ class Compare:
     """Train a first stage that several methods have once for each seed, instead of for each of them."""
     plan: bool = False
     """Only show what would be trained, and what is trained already."""
-    out: Path = Path("runs/comparison")
+    out: APath = Path("runs/comparison")
     """Folder of the comparison: METHOD/seed-K, and the tables."""
 
 
@@ -136,11 +160,11 @@ class Compare:
 class Evaluate:
     """Evaluate a run's best model again, and write everything that the run folder holds of it, the report last."""
 
-    run: tyro.conf.Positional[Path]
+    run: tyro.conf.Positional[APath]
     """Folder of the run."""
-    manifest: Path | None = None
+    manifest: APath | None = None
     """Another table with labels to evaluate on, all rows together; patients that the run has seen are refused."""
-    out: Path | None = None
+    out: APath | None = None
     """Folder for what comes out of that."""
 
 
@@ -148,9 +172,9 @@ class Evaluate:
 class Report:
     """Write report.html again from the files of a run. --against OTHER adds the difference to another run."""
 
-    run: tyro.conf.Positional[Path]
+    run: tyro.conf.Positional[APath]
     """Folder of the run."""
-    against: Path | None = None
+    against: APath | None = None
     """Folder of another run, evaluated on the same rows."""
 
 
@@ -160,15 +184,19 @@ class Predict:
 
     Broken off, the same command goes on; what is done so far lies beside the CSV in OUT.parts."""
 
-    run: tyro.conf.Positional[Path]
+    run: tyro.conf.Positional[APath]
     """Folder of the run."""
-    manifest: Path
+    manifest: APath
     """The CSV with the samples."""
-    out: Path = Path("predictions.csv")
+    out: APath = Path("predictions.csv")
     """The CSV to write."""
     shard: str = ""
     """I/N: predict the I-th of N shares only, in processes of any number of machines that share a folder; the last
     to finish writes the CSV."""
+
+    def __post_init__(self) -> None:
+        if self.shard:
+            Shard.parse(self.shard)
 
 
 @dataclass(frozen=True)
@@ -200,6 +228,8 @@ def run(words: Sequence[str]) -> int:
         return 2
     try:
         return COMMANDS[words[0]](words[1:]) or 0
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError, ArithmeticError, ImportError) as error:
         if "EI_TRACEBACK" in os.environ:
             raise

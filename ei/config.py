@@ -3,6 +3,7 @@
 Field names are unique over all sections, so that each is one flag: ``--backbone tiny --epochs 5``.
 """
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import combinations
@@ -138,6 +139,7 @@ class DataConfig:
         fits = len(self.intensity) in counts and not isinstance(self.intensity, str)
         _require(fits, "intensity", "one for all modalities, or one for each", self.intensity)
         _require(self.image_size >= 1, "image_size", "at least 1", self.image_size)
+        _require(self.image_size <= 8192, "image_size", "at most 8192", self.image_size)
         _require(len(self.mean) == 3, "mean", "three numbers", self.mean)
         _require(len(self.std) == 3 and min(self.std) > 0, "std", "three positive numbers", self.std)
         _require(0 <= self.rotation <= 180, "rotation", "between 0 and 180", self.rotation)
@@ -162,6 +164,7 @@ class DataConfig:
             # Folders and columns of results are named after modalities.
             usable = not modality.startswith(".") and modality not in ("fused", "weight")
             _require(usable, "modalities", "called other than fused, weight, or with a dot first", modality)
+        _require_finite(self)
 
     @property
     def multi_label(self) -> bool:
@@ -292,6 +295,7 @@ class ModelConfig:
             _refuse_idle(self, ("share_adapters",), "adapter 'frozen'")
         if not self.aux_backbone:
             _refuse_idle(self, ("aux_weights",), "no aux_backbone")
+        _require_finite(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -370,6 +374,7 @@ class BaselineConfig:
         _require(all(width >= 1 for width in self.early_hidden), "early_hidden", "positive", self.early_hidden)
         if not self.mmrad_prompts:
             _refuse_idle(self, ("mmrad_prompt_width",), "mmrad_prompts off")
+        _require_finite(self)
 
     @classmethod
     def of(cls, fusion: str) -> list[str]:
@@ -458,6 +463,7 @@ class TrainConfig:
         _require(self.report_images >= 0, "report_images", "at least 0", self.report_images)
         _require(self.compile in ("off", "on", "graphs"), "compile", "'off', 'on' or 'graphs'", self.compile)
         _require(self.save_minutes >= 0, "save_minutes", "at least 0", self.save_minutes)
+        _require(0 <= self.seed < 2**63, "seed", "at least 0 and below 2 to the 63rd", self.seed)
         _require(self.workers >= 0, "workers", "at least 0", self.workers)
         _require(not (self.stage1_from and self.stages == "2"), "stages", "'both' with stage1_from", self.stages)
         if self.optimizer != "sgd":
@@ -466,6 +472,7 @@ class TrainConfig:
             _refuse_idle(self, ("gate_prior",), "gate_weight 0")
         elif self.stages == "2" and not self.gate_prior:
             _refuse_idle(self, ("gate_weight",), "stages '2' and no gate_prior")
+        _require_finite(self, but=("save_minutes",))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -583,7 +590,7 @@ def find_config(name: str) -> Path:
     shipped = {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
     if name not in shipped:
         names = ", ".join(shipped)
-        raise ValueError(f"cannot use the configuration {name}: there is no such file, and those shipped are {names}")
+        raise ValueError(f"cannot use the configuration '{name}': there is no such file, and those shipped are {names}")
     return shipped[name]
 
 
@@ -598,6 +605,13 @@ class IdleError(ValueError):
 def _require(condition: bool, name: str, requirement: str, value: object) -> None:
     if not condition:
         raise ValueError(f"{name} must be {requirement}, got {value!r}")
+
+
+def _require_finite(settings: Any, but: Collection[str] = ()) -> None:
+    for item in fields(settings):
+        value = getattr(settings, item.name)
+        numbers = [number for number in (value if isinstance(value, tuple) else (value,)) if isinstance(number, float)]
+        _require(item.name in but or all(map(math.isfinite, numbers)), item.name, "finite", value)
 
 
 def _refuse_idle(settings: Any, names: Sequence[str], other: str) -> None:

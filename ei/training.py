@@ -47,10 +47,9 @@ from ei.runs.loading import (
     joined,
     load_trunk,
     names_of_backbones,
-    open_run,
-    stage1_checkpoint,
+    stage1_taken_over,
 )
-from ei.runs.setup import locked, require_measurable, resolved, resumes, tell_warnings
+from ei.runs.setup import locked, require_measurable, resolved, resumes, tell_rows, tell_warnings
 from ei.runs.snapshots import Snapshot, newest_snapshot, write_snapshot
 from ei.runtime import (
     environment,
@@ -92,6 +91,7 @@ def train(config: Config, run: str | Path) -> Path:
     tell_warnings(manifest, config.data.manifest)
     config = resolved(config, manifest)
     require_measurable(manifest, alone=config.train.stages == "both")
+    tell_rows(manifest)
     processes.first(lambda: resumes(folder, config))
     if config.train.compile != "off":
         require_compiler(processes.device)
@@ -208,23 +208,9 @@ class Stages:
             write_atomically(folder.finished, json.dumps(notes).encode())
 
     def taken_over(self) -> dict[tuple[str, bool], Checkpoint]:
-        """Stage 1 of another run, if the configuration names one, by modality and whether it is an auxiliary ViT's.
-
-        Auxiliary ViTs that the other run has not got, or with another backbone, are trained here.
-        """
-        source = self.config.train.stage1_from
-        if not source:
-            return {}
-        roles = {False: self}
-        if self.auxiliary and open_run(source)[1].model.aux_backbone == self.config.model.aux_backbone:
-            roles[True] = self.auxiliary
-        return {
-            (modality, auxiliary): stage1_checkpoint(
-                source, modality, stages.config, self.manifest, stages.fingerprint, auxiliary=auxiliary
-            )
-            for auxiliary, stages in roles.items()
-            for modality in self.manifest.modalities
-        }
+        """Stage 1 of another run, if the configuration names one; auxiliary ViTs that it lacks are trained here."""
+        theirs = self.auxiliary.fingerprint if self.auxiliary else None
+        return stage1_taken_over(self.config, self.manifest, self.fingerprint, theirs)
 
     def origin(self) -> dict[str, Any]:
         """What every checkpoint notes: the manifest, its images and the frozen weights that it was made with."""

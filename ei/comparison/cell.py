@@ -13,7 +13,7 @@ from typing import Any
 from ei.comparison.methods import Method, stage1_key
 from ei.comparison.table import COSTS
 from ei.config import Config
-from ei.runs.folder import RunFolder, StageFolder
+from ei.runs.folder import CELL, RunFolder, StageFolder
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +38,7 @@ class Cell:
 
     @property
     def note(self) -> Path:
-        return self.folder / "cell.json"
+        return self.folder / CELL
 
     @property
     def state(self) -> str:
@@ -48,9 +48,32 @@ class Cell:
 
     @property
     def begun(self) -> Config:
-        """The configuration with which it was begun, if it was; where stage 1 comes from is settled then."""
+        """The configuration with which it was begun, if it was."""
         path = RunFolder(self.folder).config
         return Config.load(path, of_run=True) if path.is_file() else self.config
+
+    @property
+    def going_on(self) -> Config:
+        """Its configuration; what was settled when it was begun is as it was then.
+
+        That is where its first stage comes from, and the resamplings in its own files: those of the comparison's tables
+        are the comparison's.
+        """
+        begun = self.begun.train
+        config = self.taking_stage1(begun.stage1_from)
+        return replace(config, train=replace(config.train, bootstrap=begun.bootstrap))
+
+    def follow_moved_folder(self) -> None:
+        """Write down anew where its first stage comes from, if that has moved together with the comparison's folder."""
+        path = RunFolder(self.folder).config
+        source = self.begun.train.stage1_from if path.is_file() else ""
+        if not source or Path(source).is_dir():
+            return
+        depth = 3 if self.fold else 2
+        moved = self.folder.parents[depth - 1].joinpath(*Path(source).parts[-depth:])
+        if moved.is_dir():
+            begun = self.begun
+            replace(begun, train=replace(begun.train, stage1_from=str(moved.resolve()))).save(path)
 
     def taking_stage1(self, source: str) -> Config:
         """Its configuration with the first stage taken from there, if its method can do that."""

@@ -5,6 +5,7 @@
 ``FUSION:ADAPTER``        the same, with a value of ``model.adapter`` or a name of :data:`VARIANTS`
 ``late:average``, ...     other names of ``late-average``, ``late-weighted``, ``late-max``, ``late-learned``
 ``uni:MODALITY``          the first stage's model of one modality alone, as another method of the comparison has it
+``uni:MODALITY:ADAPTER``  the same, of a method with that adapter
 ``FILE.yaml``             sections as for ``--config``, on top of the shared configuration; called as the file
 ========================  =========================================================================================
 """
@@ -109,8 +110,10 @@ class Method:
             raise ValueError(f"method '{self.name}': {error}") from error
 
 
-def find_method(name: str) -> Method:
+def find_method(name: str, modalities: Sequence[str] = ()) -> Method:
     """The method of a name (see above); whether its settings can be shows when it is applied.
+
+    ``modalities`` are those that there are, whose names may hold colons.
 
     Raises:
         ValueError: no adapter follows a colon, or a file cannot be read, sets what all methods share, or is called as
@@ -118,18 +121,28 @@ def find_method(name: str) -> Method:
 
     >>> find_method("late:average:lora").changes
     {'model': {'fusion': 'late-average', 'adapter': 'lora'}}
+    >>> find_method("uni:cfp:lora").modality, find_method("uni:a:b", ["a:b"]).modality
+    ('cfp', 'a:b')
     """
     if name.endswith((".yaml", ".yml")):
         return _from_file(Path(name))
     if name.startswith(ALONE):
+        rest = name.removeprefix(ALONE)
+        known = [each for each in modalities if f"{rest}:".startswith(f"{each}:")]
+        modality = max(known, key=len, default=rest.partition(":")[0])
         # Whatever the shared fusion is, it is of one that has a first stage.
-        return Method(name, {"model": {"fusion": "late"}}, modality=name.removeprefix(ALONE))
+        return Method(name, _changes(name, "late", rest.removeprefix(modality)), modality)
     fusion, colon, adapter = _LATE.sub(r"late-\1", name).partition(":")
-    if colon and not adapter:
+    return Method(name, _changes(name, fusion, colon + adapter, USUAL_ADAPTER.get(fusion, "")))
+
+
+def _changes(name: str, fusion: str, ending: str, usual: str = "") -> dict[str, dict[str, Any]]:
+    """Of a fusion, and of the adapter that follows a colon, if one does."""
+    if ending == ":":
         raise ValueError(f"method '{name}' must name an adapter after the colon, such as {name}lora")
-    adapter = adapter or USUAL_ADAPTER.get(fusion, "")
+    adapter = ending.removeprefix(":") or usual
     chosen = VARIANTS.get(adapter, {"adapter": adapter}) if adapter else {}
-    return Method(name, {"model": {"fusion": fusion, **chosen}})
+    return {"model": {"fusion": fusion, **chosen}}
 
 
 def find_methods(names: Sequence[str], base: Config) -> list[Method]:
@@ -140,7 +153,7 @@ def find_methods(names: Sequence[str], base: Config) -> list[Method]:
     """
     if not names:
         raise ValueError("methods must name at least one method, such as ei,late")
-    methods = [find_method(name) for name in names]
+    methods = [find_method(name, base.data.modalities) for name in names]
     seen: dict[tuple[Config, str | None], str] = {}
     folders: set[str] = set()
     for method in methods:

@@ -9,14 +9,14 @@ import torch
 
 from ei.comparison.cell import Cell
 from ei.comparison.methods import Method, find_methods, settings_of
-from ei.config import Config
+from ei.config import Config, ModelConfig
 from ei.data.listed import counted
 from ei.data.manifest import Manifest, read_manifest
 from ei.models import build_model, count_trainable
-from ei.models.weights import require_weights
+from ei.models.backbone import require_weights
 from ei.runs.folder import RunFolder
-from ei.runs.loading import data_hashes
-from ei.runs.setup import require_usable, resolved, resumes
+from ei.runs.loading import data_hashes, stage1_taken_over
+from ei.runs.setup import require_measurable, require_usable, resolved, resumes
 from ei.runtime import choose_device
 
 
@@ -85,6 +85,7 @@ def make_plan(config: Config, names: Sequence[str], *, seeds: int, out: Path) ->
                 # Resolved as training does it, which may depend on the method.
                 own = resolved(own, manifest)
                 cells.append(Cell(method, fold, own, out / method.folder / fold / f"seed-{seed}", hashes))
+        require_measurable(manifest, alone=any(cell.config.train.stages == "both" for cell in cells[-len(methods) :]))
     plan = Plan(
         base=replace(config, data=replace(config.data, classes=first.classes)),
         methods=methods,
@@ -94,10 +95,10 @@ def make_plan(config: Config, names: Sequence[str], *, seeds: int, out: Path) ->
         out=out,
     )
     choose_device(config.train.device)
+    _require_weights(cells)
     for cell in cells:
-        for weights in filter(None, (cell.config.model.weights, cell.config.model.aux_weights)):
-            require_weights(Path(weights))
         _require_same_settings(cell)
+        _require_stage1(cell, first)
         if cell.method.modality is not None and not cell.owners(cells):
             raise ValueError(
                 f"method '{cell.method.name}' is the first stage of another method, and none of the others has one with"
@@ -106,10 +107,31 @@ def make_plan(config: Config, names: Sequence[str], *, seeds: int, out: Path) ->
     return plan
 
 
+def _require_weights(cells: Sequence[Cell]) -> None:
+    wanted = {
+        (each.model.backbone, each.model.pretrained, each.model.weights, each.data.image_size)
+        for cell in cells
+        for each in (cell.config, cell.config.auxiliary)
+        if each
+    }
+    for backbone, pretrained, weights, size in sorted(wanted):
+        require_weights(ModelConfig(backbone=backbone, pretrained=pretrained, weights=weights), size)
+
+
+def _require_stage1(cell: Cell, manifest: Manifest) -> None:
+    """Raise a ValueError if the first stage that all are to take over cannot be used for this cell."""
+    if cell.state == "done" or cell.method.modality is not None:
+        return
+    try:
+        stage1_taken_over(cell.config, manifest)
+    except ValueError as error:
+        raise ValueError(f"method '{cell.method.name}': {error}") from error
+
+
 def _require_same_settings(cell: Cell) -> None:
     """Raise a ValueError if what is in the cell's folder was begun with other settings, or on another manifest."""
     if cell.method.modality is None:
-        resumes(RunFolder(cell.folder), cell.taking_stage1(cell.begun.train.stage1_from))
+        resumes(RunFolder(cell.folder), cell.going_on)
     else:
         require_usable(cell.folder)
     if not cell.note.is_file():
@@ -126,7 +148,9 @@ def _require_same_settings(cell: Cell) -> None:
 def _read_folds(config: Config) -> dict[Path, Manifest]:
     """The manifests, which fit each other."""
     given = config.data.manifest
-    paths = [Path(given)] if Path(given).is_file() else [Path(path.strip()) for path in given.split(",")]
+    paths = [Path(path.strip()) for path in given.split(",") if path.strip()]
+    if not paths or os.path.isfile(given):
+        paths = [Path(given)]
     manifests = {path: read_manifest(path, config.data) for path in paths}
     first = next(iter(manifests.values()))
     whose: dict[str, Path] = {}

@@ -42,6 +42,8 @@ def run_plan(plan: Plan, *, share_stage1: bool = True) -> dict[Cell, str]:
         Interrupted: Ctrl-C or SIGTERM; it was saved where training stands.
     """
     failed = {}
+    for cell in plan.cells:
+        cell.follow_moved_folder()
     # Models of one modality are the first stage of others, which come first.
     order = sorted(plan.cells, key=lambda cell: cell.method.modality is not None)
     for number, cell in enumerate(order, start=1):
@@ -66,7 +68,7 @@ def run_plan(plan: Plan, *, share_stage1: bool = True) -> dict[Cell, str]:
 
 
 def _train(cell: Cell, cells: Sequence[Cell]) -> None:
-    config = cell.taking_stage1(cell.begun.train.stage1_from)
+    config = cell.going_on
     there = (other for other in cell.owners(cells) if other.has_stage1() and not other.begun.train.stage1_from)
     if cell.state == "to do" and not config.train.stage1_from and (other := next(there, None)):
         config = cell.taking_stage1(str(other.folder))

@@ -69,6 +69,11 @@ class Row:
         """Whether the sample has an image of each of these modalities."""
         return all(self.images[modality] for modality in modalities)
 
+    def count_images(self, modality: str, config: DataConfig) -> int:
+        """How many images of a modality the model gets of the sample, at most: files, and slices of volumes."""
+        counts = [config.slices if self.checked[file].slices > 1 else 1 for file in self.images[modality]]
+        return max(counts, default=0) if config.images == "one" else sum(counts)
+
     def only(self, modalities: Collection[str]) -> "Row":
         """The same sample, as if it had no others than these modalities."""
         return replace(self, images={name: files if name in modalities else () for name, files in self.images.items()})
@@ -122,6 +127,8 @@ class ManifestError(ValueError):
         return [str(fault) for fault in self.faults]
 
     def __str__(self) -> str:
+        if [fault.row for fault in self.faults] == [0]:
+            return f"the manifest '{self.path}' {self.faults[0].text}"
         title = f"{self.path} has {counted(len(self.faults), 'problem')}:"
         lines = [title, *self.problems[:FAULTS_SHOWN]]
         if more := len(self.faults) - FAULTS_SHOWN:
@@ -161,11 +168,12 @@ def read_manifest(
             p1,train,normal,cfp/p1.png,oct/p1.png
             p2,test,amd,cfp/p2.png,"oct/p2_0.png;oct/p2_1.png"
     """
-    _require_fitting(config, classes, labelled)
     path = Path(path)
+    text = read_text(path)
+    _require_fitting(config, classes, labelled)
     problems, warnings = _Problems(), _Problems()
     needed = [name for name in _needed_columns(config, labelled) if name != "split" or not split]
-    records = _parse(_read_text(path), needed, problems)
+    records = _parse(text, needed, problems)
     if split:
         records = [replace(record, cells={**record.cells, "split": split}) for record in records]
     _check_filled(records, needed, config, problems)
@@ -268,13 +276,19 @@ class _Record:
         return self["patient"] if "patient" in self.cells else self["id"]
 
 
-def _read_text(path: Path) -> str:
-    if not path.is_file():
-        raise ManifestError(path, [Fault(0, "is not a regular file" if path.exists() else "does not exist")])
+def read_text(path: Path) -> str:
+    """The text of a manifest.
+
+    Raises:
+        ManifestError: there is no such file, it is not UTF-8, or its columns are not separated by commas.
+    """
     try:
+        if not path.is_file():
+            what = "is a folder" if path.is_dir() else "is not a regular file" if path.exists() else "does not exist"
+            raise ManifestError(path, [Fault(0, what)])
         content = path.read_bytes()
     except OSError as error:
-        raise ManifestError(path, [Fault(0, str(error.strerror))]) from error
+        raise ManifestError(path, [Fault(0, f"cannot be read: {error.strerror}")]) from error
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -283,16 +297,16 @@ def _read_text(path: Path) -> str:
         raise ManifestError(path, [Fault(row, problem)]) from error
     if "\0" in text:
         raise ManifestError(path, [Fault(0, "holds NUL bytes, so it is not a text in UTF-8")])
+    title = next((line for line in text.splitlines() if line.strip()), "")
+    for delimiter, name in ((";", "semicolons"), ("\t", "tabs")):
+        if delimiter in title and "," not in title:
+            problem = f"columns are separated by {name}; save the file with commas between columns"
+            raise ManifestError(path, [Fault(1, problem)])
     return text
 
 
 def _parse(text: str, needed: list[str], problems: _Problems) -> list[_Record]:
     """The rows that have as many cells as the header."""
-    title = next((line for line in text.splitlines() if line.strip()), "")
-    for delimiter, name in ((";", "semicolons"), ("\t", "tabs")):
-        if delimiter in title and "," not in title:
-            problems.add(1, f"columns are separated by {name}; save the file with commas between columns")
-            return []
     lines = list(_numbered_cells(text, problems))
     if len(lines) < 2 and not problems:
         problems.add(0, "has no rows below the header" if lines else "is empty; its first line must name the columns")
@@ -528,7 +542,7 @@ def _objection(name: str, place: str, root: str | None) -> str:
 
 
 def _check_classes(records: list[_Record], config: DataConfig, classes: Sequence[str], warnings: _Problems) -> None:
-    """Classes that a split lacks, or a modality in training; and names that differ in capitals or spaces only."""
+    """Classes that a split lacks, or a modality in training; and names that are nearly the same."""
     for split in SPLITS:
         rows = [record for record in records if record["split"] == split]
         lacking = _lacking(rows, config, classes)
@@ -542,10 +556,23 @@ def _check_classes(records: list[_Record], config: DataConfig, classes: Sequence
                 warnings.add(0, f"has no train row of {', '.join(sorted(without))} with {modality}; {effect}")
     spelt: dict[str, list[str]] = defaultdict(list)
     for name in classes:
-        spelt["".join(name.casefold().split())].append(name)
+        spelt[_as_spelt(name)].append(name)
     for names in spelt.values():
         if len(names) > 1:
             warnings.add(0, f"has classes whose names are nearly the same: {', '.join(map(repr, names))}")
+
+
+def _as_spelt(name: str) -> str:
+    """The same for names that differ in capitals and spaces, or are one number.
+
+    >>> [_as_spelt(name) for name in ("Wet AMD", "wetamd", "1", "1.0", "01")]
+    ['wetamd', 'wetamd', '1.0', '1.0', '1.0']
+    """
+    plain = "".join(name.casefold().split())
+    try:
+        return str(float(plain))
+    except ValueError:
+        return plain
 
 
 def _lacking(records: list[_Record], config: DataConfig, classes: Sequence[str]) -> list[str]:

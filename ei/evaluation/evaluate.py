@@ -23,7 +23,7 @@ from ei.processes import Processes
 from ei.report.page import write_report
 from ei.runs.folder import RunFolder
 from ei.runs.loading import best_checkpoint, changed_data, load
-from ei.runs.setup import require_val_rows
+from ei.runs.setup import require_usable, require_val_rows
 from mor.files import write_atomically
 
 EVALUATED = ("val", "test")
@@ -126,11 +126,13 @@ def _results_folder(folder: RunFolder, manifest: str | Path | None, out: str | P
             "manifest and out must be given together: another table, and a folder for what comes out of it"
         )
     if out is None:
+        require_usable(folder.path, "evaluation writes its files there")
         return folder
     results = RunFolder(Path(out))
     is_earlier = results.metrics.is_file() and not results.stage2.path.exists()
     if results.path.exists() and not is_earlier and (not results.path.is_dir() or any(results.path.iterdir())):
         raise ValueError(f"out must be a new or empty folder, or one of an earlier evaluation like this, got {out}")
+    require_usable(results.path)
     return results
 
 

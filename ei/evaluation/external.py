@@ -8,7 +8,7 @@ from ei.data.manifest import Manifest, ManifestError, Row, read_manifest
 from ei.progress import say
 from ei.runs.folder import RunFolder
 from ei.runs.loading import best_checkpoint, changed_data
-from ei.runs.setup import tell_warnings
+from ei.runs.setup import require_positions, tell_warnings
 
 EXTERNAL = "external"
 """The split of all of its rows; a split column is not looked at."""
@@ -29,6 +29,7 @@ def read_external(path: str | Path, folder: RunFolder, config: Config) -> tuple[
     data = replace(config.data, manifest=str(Path(path).resolve()), allow_missing=config.data.knows_missing)
     table = read_manifest(path, data, classes=data.classes, split=EXTERNAL)
     tell_warnings(table, path)
+    require_positions(config, table)
     seen = _rows_seen(folder, config)
     for names, are, way_out in (
         (_patients, "are of patients", ", or rename patients that are others of the same name"),

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from ei.config import Config
 from ei.data.listed import counted
@@ -25,6 +25,7 @@ from ei.data.loaders import samples_at_once
 from ei.data.manifest import Manifest, Row, read_manifest
 from ei.evaluation.inference import predict_batches
 from ei.evaluation.predictions import Predictions
+from ei.evaluation.shard import Shard
 from ei.evaluation.tables import prediction_table
 from ei.evaluation.temperature import read_temperatures
 from ei.exports import csv_bytes, plain
@@ -32,7 +33,7 @@ from ei.processes import Processes
 from ei.progress import say
 from ei.runs.folder import RunFolder
 from ei.runs.loading import load
-from ei.runs.setup import MAY_CHANGE, tell_warnings
+from ei.runs.setup import MAY_CHANGE, require_positions, require_usable, tell_warnings
 from ei.runtime import environment
 from mor.files import write_atomically
 
@@ -41,29 +42,6 @@ _MOST_PIECES = 1000
 """Enough that little is lost and work can be shared, and so few that writing them takes no time."""
 _PATHS = {"data": {"manifest"}, "model": {"weights", "aux_weights"}, "train": {"stage1_from"}}
 """Settings that are other on another machine; what they lead to is hashed, or compared when the run is loaded."""
-
-
-@dataclass(frozen=True)
-class Shard:
-    """Which of ``count`` processes this is, from 1."""
-
-    number: int
-    count: int
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """Of "2/8", the second of eight.
-
-        Raises:
-            ValueError: it is something else.
-        """
-        number, _, count = text.partition("/")
-        if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
-            raise ValueError(f"shard must be I/N with I from 1 to N, such as 2/8, got {text!r}")
-        return cls(int(number), int(count))
-
-    def __str__(self) -> str:
-        return f"{self.number}/{self.count}"
 
 
 def predict(run: str | Path, manifest: str | Path, out: str | Path, shard: str = "") -> bool:
@@ -89,6 +67,7 @@ def predict(run: str | Path, manifest: str | Path, out: str | Path, shard: str =
     out = Path(out)
     if out.is_dir() or out.resolve() == Path(manifest).resolve():
         raise ValueError(f"out must be a file of its own, got {out}")
+    require_usable(_parts(out))
     share = Shard.parse(shard) if shard else None
     model, config = load(run)
     temperatures = read_temperatures(RunFolder(Path(run))) if config.train.temperature else {}
@@ -102,6 +81,7 @@ def predict(run: str | Path, manifest: str | Path, out: str | Path, shard: str =
     with processes.first_before_others():  # images that one has read, the others need not
         table = read_manifest(manifest, data, classes=data.classes, labelled=False)
     tell_warnings(table, manifest)
+    require_positions(config, table)
     at_once = samples_at_once(config.train, 1)
     origin = _origin(RunFolder(Path(run)), config, Path(manifest), table) | {"temperatures": str(temperatures)}
     pieces = Pieces(out, table.rows, at_once, origin)
@@ -120,6 +100,10 @@ def predict(run: str | Path, manifest: str | Path, out: str | Path, shard: str =
         return pieces.finish(share)
     processes.gathered(None)  # all are through
     return processes.first(pieces.finish)
+
+
+def _parts(out: Path) -> Path:
+    return out.with_name(f"{out.name}.parts")
 
 
 def _make(
@@ -156,7 +140,7 @@ class Pieces:
 
     @property
     def folder(self) -> Path:
-        return self.out.with_name(f"{self.out.name}.parts")
+        return _parts(self.out)
 
     @property
     def size(self) -> int:

@@ -2,18 +2,21 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from ei.metrics.calibration import fit_temperature
+from ei.metrics.calibration import doubtful_temperatures, fit_temperature
 from ei.progress import say
 from ei.runs.folder import RunFolder
 
 
 def fit_temperatures(logits: Mapping[str, np.ndarray], labels: np.ndarray, *, multi_label: bool) -> dict[str, float]:
-    """One for the fused prediction and one for each modality's own; says where none fits, and takes 1.
+    """One for the fused prediction and one for each modality's own.
+
+    Where none fits, 1 is taken; this is said, and which are far from it.
 
     Args:
         logits: source -> (N, C), of validation rows; rows that are not finite have no such modality.
@@ -28,6 +31,8 @@ def fit_temperatures(logits: Mapping[str, np.ndarray], labels: np.ndarray, *, mu
         )
     if unfit := [source for source, temperature in temperatures.items() if temperature == 1]:
         say(f"note: no temperature lowers the loss on the val rows for {', '.join(unfit)}; 1 is taken")
+    if remark := doubtful_temperatures(temperatures):
+        say(f"note: {remark}")
     return temperatures
 
 
@@ -49,6 +54,8 @@ def read_temperatures(folder: RunFolder) -> dict[str, float]:
         stored = json.loads(folder.temperature.read_text(encoding="utf-8"))
         model = stored["model"]
         temperatures = {source: float(value) for source, value in stored["temperatures"].items()}
+        if not all(0 < value < math.inf for value in temperatures.values()):
+            raise ValueError("temperatures must be positive")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder.temperature} is damaged; {advice} again") from error
     if model != _model_hash(folder):

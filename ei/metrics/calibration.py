@@ -16,7 +16,7 @@ Source: Guo et al., On calibration of modern neural networks, 2017 (ECE, tempera
 the reliability of reliability diagrams, 2007 (outcomes drawn from the probabilities).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,10 @@ from scipy.stats import binomtest
 from ei.metrics.classification import Bools, checked, decided
 from ei.metrics.resampling import Floats, figure, patient_weights, portions
 
+MOST = 1e6
+"""Temperatures are looked for between 1 / MOST and MOST."""
+USUAL = (0.05, 20.0)
+"""Beyond these a temperature has found little to calibrate."""
 BINS = 15
 """Of equal width, from 0 to 1; the last one holds 1 itself."""
 PREDICTED_CLASS = "predicted class"
@@ -148,7 +152,7 @@ def log_losses(logits: Floats, positives: Bools, multi_label: bool) -> Floats:
 
 
 def fit_temperature(logits: ArrayLike, labels: ArrayLike, *, multi_label: bool) -> float:
-    """The T > 0 for which ``logits / T`` have the lowest log loss; 1 where there is no such T.
+    """The T from 1 / MOST to MOST for which ``logits / T`` have the lowest log loss; 1 where there is no such T.
 
     There is none if no row is wrong (the loss falls for ever as T goes to 0), nor if logits are no better than
     none (it falls for ever as T grows). Otherwise the loss is convex in 1/T and has one lowest point.
@@ -179,10 +183,27 @@ def fit_temperature(logits: ArrayLike, labels: ArrayLike, *, multi_label: bool) 
     is_some_row_wrong = bool((best - positives * values > 0).any())
     if not is_some_row_wrong or slope(0.0) >= 0:
         return 1.0
-    high = 1.0
-    while slope(high) <= 0:
-        high *= 2
-    return 1 / float(brentq(slope, 0.0, high, xtol=1e-12))
+    if slope(1 / MOST) >= 0:
+        return MOST
+    if slope(MOST) <= 0:
+        return 1 / MOST
+    return 1 / float(brentq(slope, 1 / MOST, MOST, xtol=1e-12))
+
+
+def doubtful_temperatures(temperatures: Mapping[str, float]) -> str:
+    """A remark on those that are far from 1, by source; empty if none is.
+
+    >>> doubtful_temperatures({"fused": 1.7, "oct": 812.0}).partition(":")[0]
+    'a temperature beyond 0.05 to 20 (oct 812)'
+    """
+    low, high = USUAL
+    far = [f"{source} {value:.3g}" for source, value in temperatures.items() if not low <= value <= high]
+    if not far:
+        return ""
+    return (
+        f"a temperature beyond {low:g} to {high:g} ({', '.join(far)}): such logits say next to nothing of the val rows,"
+        " or nothing of how sure they are, so do not rely on these probabilities"
+    )
 
 
 def _asked(

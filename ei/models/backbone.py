@@ -54,6 +54,23 @@ def load_backbone(config: ModelConfig, image_size: int) -> Backbone:
     return backbone
 
 
+def require_weights(config: ModelConfig, image_size: int) -> None:
+    """Raise the ValueError that :func:`load_backbone` would because of the weights, without reading or asking for them.
+
+    Of a file, names and shapes are looked at. Whether the hub has published weights does not show here.
+
+    >>> require_weights(ModelConfig(backbone="tiny"), image_size=32)
+    """
+    with torch.device("meta"):
+        backbone = load_backbone(config, image_size)
+    if config.weights:
+        backbone.require_fitting(config.weights)
+    elif config.pretrained and config.backbone.startswith("open_clip:"):
+        from ei.models.vit_open_clip import require_published
+
+        require_published(config.backbone.removeprefix("open_clip:"))
+
+
 def adapted(trunk: Backbone, config: ModelConfig) -> Backbone:
     """A backbone of ``trunk``'s weights that learns as ``config.adapter`` says; ``trunk`` stays as it is.
 

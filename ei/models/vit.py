@@ -170,7 +170,14 @@ class Backbone(nn.Module):
             ValueError: the file cannot be read or does not fit; missing, unexpected and mismatched names come
                 in one message, and the backbone is left as it was.
         """
-        given = read_weights(weights)
+        self.vit.load_state_dict(self._fitting(read_weights(weights), weights))
+
+    def require_fitting(self, weights: str) -> None:
+        """Raise the ValueError that :meth:`load` would, as far as names and shapes tell; also on the meta device."""
+        self._fitting(read_weights(weights), weights)
+
+    def _fitting(self, given: dict[str, Tensor], weights: str) -> dict[str, Tensor]:
+        """The tensors of a file as the backbone takes them."""
         try:
             state = self._translated(given)
         except Exception:  # a file of another model can fail anywhere; the comparison says how it differs
@@ -178,7 +185,7 @@ class Backbone(nn.Module):
         kept = {name: tensor for name, tensor in state.items() if not _BEYOND.fullmatch(name)}
         if problems := misfit(self.vit.state_dict(), kept):
             raise ValueError(f"weights {weights} do not fit the backbone: {problems}")
-        self.vit.load_state_dict(kept)
+        return kept
 
     def _check_images(self, images: Tensor) -> None:
         size = (3, self.image_size, self.image_size)

@@ -70,7 +70,8 @@ def load_open_clip(name_and_tag: str, image_size: int, published: bool) -> Backb
     with torch.device("meta"):
         patch_size = _patch_size(f"open_clip:{name}", _tower(settings))
     size = padded(image_size, patch_size)
-    _require_tag(name, tag, open_clip.list_pretrained_tags_by_model(name), published)
+    if published or tag:
+        require_published(name_and_tag)
     if published:
         # Without this open_clip would only warn that the weights were trained with another activation.
         quick_gelu = bool(open_clip.get_pretrained_cfg(name, tag).get("quick_gelu"))
@@ -107,11 +108,13 @@ def _patch_size(name: str, tower: Any) -> int:
     return trunk.patch_embed.patch_size[0]
 
 
-def _require_tag(name: str, tag: str, published_tags: list[str], published: bool) -> None:
-    if tag in published_tags or (not tag and not published):
-        return
-    got = f"'{tag}'" if tag else "none"
-    raise ValueError(
-        f"backbone open_clip:{name} must be followed by ':' and one of its published weights"
-        f" ({', '.join(published_tags) or 'it has none'}), got {got}; or pass --weights FILE or --no-pretrained"
-    )
+def require_published(name_and_tag: str) -> None:
+    """Raise a ValueError unless the model's name is followed by the name of weights that are published."""
+    name, _, tag = name_and_tag.partition(":")
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if tag not in tags:
+        got = f"'{tag}'" if tag else "none"
+        raise ValueError(
+            f"backbone open_clip:{name} must be followed by ':' and one of its published weights"
+            f" ({', '.join(tags) or 'it has none'}), got {got}; or pass --weights FILE or --no-pretrained"
+        )

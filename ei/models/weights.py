@@ -1,6 +1,7 @@
 """Weights on disk: reading a file without running code from it, and saying how tensors do not fit a model."""
 
 import argparse
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,6 +20,8 @@ PREFIXES = ("module.", "model.", "backbone.")
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """The named tensors of a .safetensors, .pth or .pt file, on the CPU.
 
+    They are mapped: of a tensor, only what is looked at is read, and names and shapes cost next to nothing.
+
     Args:
         path: A file with a mapping of names to tensors, bare or under 'state_dict', 'model' or 'teacher'; a prefix
             'module.', 'model.' or 'backbone.' is taken off the names.
@@ -32,7 +35,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     {'weight': tensor([1., 1.])}
     """
     path = Path(path)
-    require_weights(path)
+    _require_readable(path)
     try:
         content = _read_tensors(path)
     except Exception as error:  # unpickling a damaged or foreign file can raise nearly anything
@@ -40,8 +43,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     return _named_tensors(path, content)
 
 
-def require_weights(path: Path) -> None:
-    """Raise a ValueError if there is no file of a kind that can be read; what is in it shows when it is."""
+def _require_readable(path: Path) -> None:
     if path.suffix not in (".safetensors", ".pth", ".pt"):
         raise ValueError(f"weights must be a .safetensors, .pth or .pt file, got {path}")
     if path.suffix != ".safetensors" and TorchVersion(torch.__version__) < "2.10":
@@ -77,7 +79,8 @@ def _read_tensors(path: Path) -> object:
         return safetensors.torch.load_file(path)
     # Checkpoints of MAE, DINO and RETFound also hold the arguments of their scripts, a class of plain data.
     with torch.serialization.safe_globals([argparse.Namespace]):
-        return torch.load(path, map_location="cpu", weights_only=True)
+        # Torch before 1.6 wrote no archives, and those alone can be mapped.
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
 
 
 def _named_tensors(path: Path, content: object) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ei.metrics.classification import decided, mcnemar, paired_difference
-from ei.runs.folder import RunFolder
+from ei.runs.folder import RunFolder, require_run
 from ei.runs.stored_logits import StoredLogits
 
 
@@ -70,6 +70,7 @@ def compare_runs(run: Path, other: Path, *, bootstrap: int, seed: int) -> dict[s
 def _stored(run: Path) -> StoredLogits:
     folder = RunFolder(run)
     if not folder.logits.is_file():
+        require_run(run)
         raise ValueError(f"{run} has no {folder.logits.name}; 'ei evaluate {run}' writes it")
     return StoredLogits.read(folder.logits)
 

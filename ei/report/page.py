@@ -11,6 +11,7 @@ from typing import Any
 
 from ei.config import TrainConfig
 from ei.exports import html_page
+from ei.metrics.calibration import doubtful_temperatures
 from ei.report import figures
 from ei.report.against import compare_runs
 from ei.report.error_cards import error_cards
@@ -63,6 +64,7 @@ def _page(files: RunFiles) -> dict[str, Any]:
         "splits": {split: _split_view(split, splits[split]) for split in order},
         "calibrations": _calibration_pictures(sources, files.metrics["multi_label"]),
         "temperatures": files.metrics.get("temperatures") or {},
+        "doubtful_temperatures": doubtful_temperatures(files.metrics.get("temperatures") or {}),
         "errors": error_cards(files),
         "errors_split": files.errors.get("split"),
         "curves": {name: _curve_pictures(name, sources) for name in sources["fused"]["curves"]},

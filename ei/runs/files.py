@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from ei.exports import plain
-from ei.runs.folder import RunFolder
+from ei.runs.folder import require_run
 
 SUMMARY_KEYS = ("samples", "patients", "overall", "accuracy_of", "per_class", "absent", "confusion", "curves")
 OVERALL_KEYS = ("mAP", "mAUC", "mS2", "accuracy")
@@ -40,7 +40,9 @@ def read_run(run: Path) -> RunFiles:
     Raises:
         ValueError: a file is missing, damaged, or does not fit; the message names it.
     """
-    folder = RunFolder(run)
+    folder = require_run(run)
+    if not folder.metrics.is_file():
+        raise ValueError(f"{run} has not been evaluated yet ({folder.metrics} is missing); 'ei evaluate {run}' does it")
     metrics = _read_metrics(folder.metrics)
     stages = {f"Stage 1, {name}": folder.stage1(name) for name in metrics["modalities"]}
     stages |= {f"Stage 1, auxiliary {name}": folder.stage1(name, auxiliary=True) for name in metrics["modalities"]}

@@ -1,8 +1,14 @@
 """What lies where in the folder of a run. Imports no torch: the report needs it, too."""
 
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
+
+_STAGES = ("stage1", "stage1-auxiliary", "stage2")
+CELL = "cell.json"
+"""What a comparison notes in the folder of each of its runs, and where it keeps what is no run of its own."""
 
 
 @dataclass(frozen=True)
@@ -83,3 +89,44 @@ class RunFolder:
         """Of the primary ViT, or of an ``auxiliary`` one with a backbone of its own."""
         # A modality is a column name, and may hold what a file name may not.
         return StageFolder(self.path / ("stage1-auxiliary" if auxiliary else "stage1") / quote(modality, safe=" "))
+
+
+def require_run(path: Path) -> RunFolder:
+    """The folder, if it is one of a run.
+
+    Raises:
+        ValueError: it is something else; the message says what, and what to name instead.
+    """
+    folder = RunFolder(path)
+    if not folder.config.is_file():
+        raise ValueError(f"{path} is no run: {_what_else(path)}")
+    return folder
+
+
+def _what_else(path: Path) -> str:
+    """What a folder without a configuration is."""
+    if not path.is_dir():
+        return "it is a file; name the folder of a run" if path.exists() else "there is no such folder"
+    for run in path.absolute().parents[:3]:
+        if RunFolder(run).config.is_file() and path.absolute().relative_to(run).parts[0] in _STAGES:
+            return f"it is a part of one; name {run}"
+    if source := _source_of_cell(path):
+        return f"it holds what the first stage of another predicts; name {source}"
+    if below := next(_runs_below(path), None):
+        return f"it is a folder of runs; name one of them, such as {below}"
+    return f"it has no {RunFolder(path).config.name}"
+
+
+def _source_of_cell(path: Path) -> Path | None:
+    """Where the model of a comparison's cell lies, if that has none of its own."""
+    try:
+        source = json.loads((path / CELL).read_text(encoding="utf-8"))["stage1_from"]
+        return (path / source).resolve()
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _runs_below(path: Path) -> Iterator[Path]:
+    """Runs in a folder, and those of a comparison, whose runs lie two or three folders deep."""
+    for pattern in ("*/", "*/seed-*/", "*/*/seed-*/"):
+        yield from (found.parent for found in sorted(path.glob(f"{pattern}config.yaml")))

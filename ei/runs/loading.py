@@ -12,7 +12,7 @@ from ei.config import ADAPTERS, Config
 from ei.data.manifest import Manifest
 from ei.models import Backbone, build_model, load_backbone
 from ei.runs.checkpoint import Checkpoint, read_checkpoint, restore
-from ei.runs.folder import RunFolder
+from ei.runs.folder import RunFolder, require_run
 from ei.runs.setup import MAY_CHANGE
 from ei.runtime import fingerprint, same_weights
 
@@ -90,10 +90,11 @@ def changed_data(notes: Mapping[str, Any], config: Config, manifest: Manifest) -
 
 def open_run(run: str | Path) -> tuple[RunFolder, Config]:
     """A run's folder and configuration; a ValueError if it is no run."""
-    folder = RunFolder(Path(run))
-    if not folder.config.is_file():
-        raise ValueError(f"{folder.path} is no run: it has no {folder.config.name}")
-    return folder, Config.load(folder.config, of_run=True)
+    folder = require_run(Path(run))
+    config = Config.load(folder.config, of_run=True)
+    if not config.data.classes:
+        raise ValueError(f"cannot use the configuration {folder.config}: it names no classes, as that of a run does")
+    return folder, config
 
 
 def stage1_checkpoint(
@@ -101,13 +102,14 @@ def stage1_checkpoint(
     modality: str,
     config: Config,
     manifest: Manifest,
-    trunk: dict[str, list[float]],
+    trunk: dict[str, list[float]] | None,
     *,
     auxiliary: bool = False,
 ) -> Checkpoint:
     """What another run's first stage has learned about a modality, if it may be used with ``config``.
 
-    With ``auxiliary``, that of its auxiliary ViT, whose backbone is that of ``config``.
+    With ``auxiliary``, that of its auxiliary ViT, whose backbone is that of ``config``. Without the fingerprint of the
+    ``trunk``, frozen weights are not compared.
 
     Raises:
         ValueError: that run saw another table or other images, which could leak into the test rows, has another
@@ -135,8 +137,34 @@ def stage1_checkpoint(
     different += [name for name in model_fields if getattr(other.model, name) != getattr(config.model, name)]
     if part := changed_data(checkpoint.notes, config, manifest):
         different.append(f"content of {part}")
-    if not same_weights(checkpoint.notes["trunk"], trunk):
+    if trunk is not None and not same_weights(checkpoint.notes["trunk"], trunk):
         different.append("weights of the backbone")
     if different:
         raise ValueError(f"stage1_from {folder.path} cannot be used here, its {', '.join(different)} differ")
     return checkpoint
+
+
+def stage1_taken_over(
+    config: Config,
+    manifest: Manifest,
+    trunk: dict[str, list[float]] | None = None,
+    aux_trunk: dict[str, list[float]] | None = None,
+) -> dict[tuple[str, bool], Checkpoint]:
+    """Stage 1 of the run that a configuration names, if it does, by modality and whether it is an auxiliary ViT's.
+
+    Auxiliary ViTs that the other run has not got, or with another backbone, are left out.
+
+    Raises:
+        ValueError: as :func:`stage1_checkpoint`.
+    """
+    source = config.train.stage1_from
+    if not source:
+        return {}
+    roles = {False: (config, trunk)}
+    if config.auxiliary and open_run(source)[1].model.aux_backbone == config.model.aux_backbone:
+        roles[True] = (config.auxiliary, aux_trunk)
+    return {
+        (modality, auxiliary): stage1_checkpoint(source, modality, theirs, manifest, frozen, auxiliary=auxiliary)
+        for auxiliary, (theirs, frozen) in roles.items()
+        for modality in manifest.modalities
+    }

@@ -35,6 +35,9 @@ def resolved(config: Config, manifest: Manifest) -> Config:
         )
     if config.train.temperature:
         require_val_rows(manifest)
+    require_positions(config, manifest)
+    if config.data.cache and Path(config.data.cache).exists() and not Path(config.data.cache).is_dir():
+        raise ValueError(f"cache must be a folder, got {config.data.cache}")
     data = replace(
         config.data,
         classes=manifest.classes,
@@ -53,6 +56,20 @@ def resolved(config: Config, manifest: Manifest) -> Config:
 
 def _absolute(path: str) -> str:
     return str(Path(path).resolve()) if path else ""
+
+
+def require_positions(config: Config, manifest: Manifest) -> None:
+    """Raise a ValueError if a row has more images of a modality than the fusion has learned positions for."""
+    if config.model.fusion != "raddiag":
+        return
+    places = ((row, modality) for row in manifest.rows for modality in manifest.modalities)
+    counts = ((row.count_images(modality, config.data), row, modality) for row, modality in places)
+    most, row, modality = max(counts, key=lambda each: each[0])
+    if most > config.baseline.raddiag_slices:
+        raise ValueError(
+            f"raddiag_slices must be at least the number of images of a modality, {most} ({modality} of row"
+            f" {row.number}, id '{row.id}'), got {config.baseline.raddiag_slices}"
+        )
 
 
 def require_val_rows(manifest: Manifest) -> None:
@@ -76,30 +93,33 @@ def require_measurable(manifest: Manifest, *, alone: bool = True) -> None:
     Args:
         alone: Each modality is trained alone first, so the same must be true of the rows that have it.
     """
-    missing = manifest.missing()
-    counts = _measurable_counts(manifest, "", "is a label misspelt, or a split wrong?")
-    for modality in missing if alone else ():
-        _measurable_counts(manifest.having(modality), f" with {modality}", "add such rows, or train with --stages 2")
-    numbers = zip(manifest.classes, *counts.values(), strict=True)
+    _require_measurable(manifest, "", "is a label misspelt, or a split wrong?")
+    for modality in manifest.missing() if alone else ():
+        having = manifest.having(modality)
+        _require_measurable(having, f" with {modality}", "add such rows, or train with --stages 2")
+
+
+def tell_rows(manifest: Manifest) -> None:
+    """How many each split has of each class, and how many of them lack a modality."""
+    counts = [_positives(manifest, split).sum(0) for split in SPLITS]
+    numbers = zip(manifest.classes, *counts, strict=True)
     say(f"classes, {'/'.join(SPLITS)} rows: " + ", ".join(f"{name} {a}/{b}/{c}" for name, a, b, c in numbers))
-    for modality, lacking in missing.items():
+    for modality, lacking in manifest.missing().items():
         say(f"rows without {modality}, {'/'.join(SPLITS)}: " + "/".join(str(lacking.get(split, 0)) for split in SPLITS))
 
 
-def _measurable_counts(manifest: Manifest, which: str, way_out: str) -> dict[str, np.ndarray]:
-    """Rows of each class (C,) by split."""
-    counts = {split: _positives(manifest, split).sum(0) for split in SPLITS}
+def _require_measurable(manifest: Manifest, which: str, way_out: str) -> None:
+    counts = {split: _positives(manifest, split).sum(0) for split in ("train", "val")}  # of each class (C,)
     unseen = [name for name, count in zip(manifest.classes, counts["train"], strict=True) if not count]
     if unseen:
         raise ValueError(f"no train row{which} is of class {', '.join(unseen)}; {way_out}")
-    for split in ("train", "val"):
+    for split, of_class in counts.items():
         rows = len(manifest.split(split))
-        if rows and not any(0 < count < rows for count in counts[split]):
+        if rows and not any(0 < count < rows for count in of_class):
             raise ValueError(
                 f"the {split} rows{which} are all alike, so no average precision can be computed on them; add {split}"
                 " rows of other classes, or leave val out altogether to train for exactly --epochs epochs"
             )
-    return counts
 
 
 def resumes(folder: RunFolder, config: Config) -> bool:
@@ -129,13 +149,13 @@ def resumes(folder: RunFolder, config: Config) -> bool:
     return True
 
 
-def require_usable(folder: Path) -> None:
+def require_usable(folder: Path, way_out: str = "choose another with --out") -> None:
     """Raise a ValueError unless it is a folder that can be written to, or can be made one."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
-        raise ValueError(f"{there} exists and is not a folder; choose another with --out")
+        raise ValueError(f"{there} exists and is not a folder; {way_out}")
     if not os.access(there, os.W_OK):
-        raise ValueError(f"{there} cannot be written to; choose another folder with --out")
+        raise ValueError(f"{there} cannot be written to; {way_out}")
 
 
 @contextmanager

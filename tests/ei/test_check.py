@@ -134,10 +134,33 @@ def test_which_columns_name_images(tmp_path: Path) -> None:
 
 
 def test_a_missing_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["check", str(tmp_path / "m.csv")]) == 1
-    assert "cannot read" in capsys.readouterr().err
-    assert run(["check", str(tmp_path / "m.csv"), "--modalities", "cfp"]) == 1
-    assert "file: does not exist" in capsys.readouterr().out
+    path = str(tmp_path / "m.csv")
+    for flags in ([], ["--modalities", "cfp"]):
+        assert run(["check", path, *flags]) == 1
+        assert capsys.readouterr().out == f"the manifest '{path}' does not exist\n"
+    assert run(["check", path, "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["faults"] == [{"row": 0, "text": "does not exist"}]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (None, "the manifest '{path}' is a folder"),
+        ("", "the manifest '{path}' has no rows"),
+        ("id,split,label,cfp\n", "the manifest '{path}' has no rows"),
+        (
+            "id;split;label;cfp;note\na;train;x;c0.png;seen\n",
+            "1 problem:\n  row 1: columns are separated by semicolons; save the file with commas between columns",
+        ),
+    ],
+)
+def test_a_file_that_is_no_table_with_commas(
+    text: str | None, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "m.csv"
+    path.mkdir() if text is None else path.write_text(text)
+    assert run(["check", str(path)]) == 1
+    assert capsys.readouterr().out == told.format(path=path) + "\n"
 
 
 def test_the_check_needs_no_torch(tmp_path: Path) -> None:

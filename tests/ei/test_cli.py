@@ -1,4 +1,6 @@
+import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,6 +23,19 @@ def test_help_comes_at_once():
         times.append(time.perf_counter() - started)
     assert all(command in output for command in COMMANDS)
     assert min(times) < 1
+
+
+@pytest.mark.fault("a reader of the output that has had enough, as head", "the end, without a word")
+@pytest.mark.parametrize("words", ["--help", "train --help", "check nowhere.csv"])
+def test_a_reader_that_has_had_enough(words):
+    """Small outputs meet it as they are flushed, large ones while they are printed."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run([*EI, *words.split()], stdout=writer, stderr=subprocess.PIPE, text=True)
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["-h"], ["help"]])
@@ -85,12 +100,15 @@ def test_flags_alone(manifest, tmp_path):
     [
         (["train"], "train needs --manifest FILE"),
         (["train", "--config"], "--config needs the name of a YAML file"),
-        (["train", "--config", "nowhere.yaml"], "cannot use the configuration nowhere.yaml"),
-        (["train", "--manifest", "nowhere.csv", "--modalities", "a,b"], "nowhere.csv has 1 problem"),
+        (["train", "--config", "nowhere.yaml"], "cannot use the configuration 'nowhere.yaml': there is no such file"),
+        (
+            ["train", "--manifest", "nowhere.csv", "--modalities", "a,b"],
+            "ei train: the manifest 'nowhere.csv' does not exist\n",
+        ),
         (["prepare", "mrnet", "nowhere"], "nowhere must be the folder MRNet-v1.0 of the release"),
         (["evaluate", "nowhere"], "nowhere is no run"),
         (["predict", "nowhere", "--manifest", "x.csv"], "nowhere is no run"),
-        (["report", "nowhere"], "cannot read nowhere/metrics.json"),
+        (["report", "nowhere"], "nowhere is no run: there is no such folder"),
         (["params", "--modalities", "a", "--classes", "4", "--backbone", "tiny"], "at least two"),
         (["params", "--modalities", "a,b", "--classes", "0", "--backbone", "tiny"], "num_classes must be at least 1"),
     ],
@@ -112,11 +130,39 @@ def test_one_sentence_and_code_1(words, message, capsys):
         ),
         ("compare --methods ei --std 1,0,1", "ei compare: std must be three positive numbers, got (1.0, 0.0, 1.0)"),
         ("phantom --out nowhere --samples 0", "ei phantom: samples must be at least 20, got 0"),
+        ("train --seed -1", "ei train: seed must be at least 0 and below 2 to the 63rd, got -1"),
+        ("demo --seed -1 --out nowhere", "ei demo: seed must be at least 0 and below 2 to the 63rd, got -1"),
+        ("train --image-size 1000000", "ei train: image_size must be at most 8192, got 1000000"),
+        ("train --lr inf", "ei train: lr must be finite, got inf"),
+        ("train --mean 0,nan,0", "ei train: mean must be finite, got (0.0, nan, 0.0)"),
+        ("train --alphas 1,inf,1", "ei train: alphas must be finite, got (1.0, inf, 1.0)"),
+        ("train --fusion joint --joint-weight inf", "ei train: joint_weight must be finite, got inf"),
     ],
 )
 def test_a_setting_that_cannot_be_is_one_sentence(words, message, capsys):
     assert run(words.split()) == 1
     assert capsys.readouterr().err == f"{message}\n"
+
+
+@pytest.mark.fault("a share of the rows that is none", "one sentence, before torch is there")
+@pytest.mark.parametrize("shard", ["abc", "0/2", "3/2", "2-8", "/"])
+def test_a_share_is_looked_at_first(shard):
+    words = ["predict", "nowhere", "--manifest", "m.csv", f"--shard={shard}"]
+    code = f"import sys, ei.cli; code = ei.cli.run({words}); assert 'torch' not in sys.modules; sys.exit(code)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == f"ei predict: shard must be I/N with I from 1 to N, such as 2/8, got '{shard}'\n"
+
+
+@pytest.mark.fault("an empty word as a path, as of a shell's variable that is not set", "usage, and nothing is done")
+@pytest.mark.parametrize(
+    "words", ["train --out=", "compare --methods ei --out=", "evaluate ''", "predict run --manifest=", "check ''"]
+)
+def test_an_empty_path_is_not_where_one_is(words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(shlex.split(words))
+    assert stopped.value.code == 2
+    assert "a path must not be empty" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("words", ["train --epochs many", "train --ranks a,b", "train --fusion nope", "evaluate"])

@@ -72,7 +72,7 @@ def test_a_file_comes_before_a_shipped_name(tmp_path, monkeypatch):
     (tmp_path / "mrnet-clip").write_text("train: {epochs: 3}")
     assert Config.load(find_config("mrnet-clip")).train.epochs == 3
     with pytest.raises(
-        ValueError, match=f"configuration mmc: there is no such file, .* shipped are {', '.join(NAMES)}$"
+        ValueError, match=f"configuration 'mmc': there is no such file, .* shipped are {', '.join(NAMES)}$"
     ):
         find_config("mmc")
 
@@ -300,3 +300,7 @@ def test_models_know_missing_modalities_from_the_table_or_from_dropout():
 def test_saved_files_are_plain_yaml(tmp_path):
     Config().save(tmp_path / "c.yaml")
     assert list(yaml.safe_load((tmp_path / "c.yaml").read_text())) == ["data", "model", "train", "baseline"]
+
+
+def test_a_run_may_never_be_saved_within_an_epoch() -> None:
+    assert TrainConfig(save_minutes=float("inf")).save_minutes == float("inf")

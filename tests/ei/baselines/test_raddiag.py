@@ -1,12 +1,22 @@
 """A transformer over a modality's images, and one over the modalities."""
 
 import math
+import re
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
+from ei import evaluate, predict, train
 from ei.baselines.raddiag import SetTransformer
+from ei.comparison.plan import make_plan
+from ei.config import BaselineConfig
+from ei.data.dataset import Draw, ManifestDataset
+from ei.data.manifest import read_manifest
 
 
 def test_a_set_has_no_order_and_a_sequence_has() -> None:
@@ -81,3 +91,52 @@ def test_modalities_are_told_apart(build, make_batch) -> None:
     with torch.no_grad():
         model.embeddings.weight.zero_()
     torch.testing.assert_close(model(batch).logits, model(swapped).logits)
+
+
+@pytest.fixture
+def with_volume(manifest: Path) -> Path:
+    """Of the second row, cfp is two photos; of the third, oct is a volume and a photo."""
+    np.save(manifest.with_name("volume.npy"), np.random.default_rng(0).integers(0, 256, (9, 8, 8), np.uint8))
+    Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(manifest.with_name("more.png"))
+    text = manifest.read_text().replace("train1_cfp.png", "train1_cfp.png;more.png")
+    manifest.write_text(text.replace("train2_oct.png", "volume.npy;train2_oct.png"))
+    return manifest
+
+
+@pytest.mark.parametrize(("images", "counts"), [("mean", [1, 2, 5]), ("one", [1, 1, 4])])
+def test_images_of_a_sample_are_counted_as_they_are_loaded(with_volume: Path, study_config, images, counts) -> None:
+    config = study_config(with_volume).data
+    config = replace(config, images=images)
+    table = read_manifest(with_volume, config)
+    rows = table.rows[:3]
+    dataset = ManifestDataset(rows, config, multi_label=False, classes=table.classes, train=True, seed=0)
+    found = [[row.count_images(modality, config) for modality in ("cfp", "oct")] for row in rows]
+    assert [max(pair) for pair in found] == counts
+    seen = [[dataset[Draw(row, epoch)].images for epoch in range(20)] for row in range(3)]
+    most = [[max(len(images[name]) for images in each) for name in ("cfp", "oct")] for each in seen]
+    assert most == found
+
+
+@pytest.mark.fault("more images of a sample than RadDiag has positions", "refused before training and prediction")
+def test_too_few_positions_are_said_before_training(with_volume: Path, study_config, tmp_path) -> None:
+    config = study_config(with_volume)
+    few = BaselineConfig(raddiag_slices=4, raddiag_heads=1)
+    config = replace(config, model=replace(config.model, fusion="raddiag"), baseline=few)
+    where = "5 (oct of row 4, id 'train2'), got 4"
+    message = re.escape(f"raddiag_slices must be at least the number of images of a modality, {where}")
+    with pytest.raises(ValueError, match=message):
+        train(config, tmp_path / "run")
+    with pytest.raises(ValueError, match=message):
+        make_plan(config, ["raddiag"], seeds=1, out=tmp_path / "out")
+    assert not (tmp_path / "run").exists()
+    rows = with_volume.read_text().splitlines(True)
+    alone = with_volume.with_name("train.csv")
+    alone.write_text("".join(row for row in rows if row.startswith(("id", "train")) and "volume" not in row))
+    run = train(replace(config, data=replace(config.data, manifest=str(alone))), tmp_path / "run")
+    with pytest.raises(ValueError, match=message):
+        predict(run, with_volume, tmp_path / "p.csv")
+    other = with_volume.with_name("other.csv")
+    other.write_text(rows[0] + "other0,other0,test,dark,test0_cfp.png,volume.npy;more.png\n")
+    with pytest.raises(ValueError, match="5 .oct of row 2, id 'other0'."):
+        evaluate(run, other, tmp_path / "elsewhere")
+    assert not (tmp_path / "elsewhere").exists()

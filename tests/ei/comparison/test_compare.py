@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -11,19 +12,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from ei import train
 from ei.cli import run
 from ei.comparison import running
 from ei.comparison.compare import compare
-from ei.comparison.plan import make_plan
+from ei.comparison.plan import Plan, make_plan
 from ei.comparison.running import run_plan
 from ei.comparison.table import tabulate
-from ei.config import Config
+from ei.config import Config, ModelConfig
 from ei.data.manifest import read_manifest
 from ei.demo import demo_config, pretrain, write_pairs
 from ei.evaluation.predictions import Predictions, stored_logits
 from ei.interrupts import Interrupted
+from ei.models import load_backbone
 from ei.report.figures import Picture
 from ei.runs.folder import RunFolder
 from ei.runs.setup import locked, resolved
@@ -298,7 +301,10 @@ def test_folds_that_do_not_fit(folds: list[Path], study_config: Any, tmp_path: P
 @pytest.mark.parametrize(
     ("changes", "methods", "message"),
     [
-        ({"manifest": "nowhere.csv"}, ["ei"], "nowhere.csv"),
+        ({"manifest": "nowhere.csv"}, ["ei"], "the manifest 'nowhere.csv' does not exist"),
+        ({"manifest": ","}, ["ei"], "the manifest ',' does not exist"),
+        ({"manifest": ", nowhere.csv,"}, ["ei"], "the manifest 'nowhere.csv' does not exist"),
+        ({"manifest": "nowhere.csv," * 30}, ["ei"], "the manifest 'nowhere.csv' does not exist"),  # no name of a file
         ({}, ["uni:cfp"], "'uni:cfp' is the first stage of another method, and none of the others has one"),
         ({}, ["uni:cfp", "late:lora"], "add such as late:mor"),
         ({}, ["ei", "nowhere"], "method 'nowhere': fusion must be"),
@@ -334,15 +340,61 @@ def test_rows_without_the_only_modality_are_said_before_training(
     assert make_plan(config, ["late", "uni:cfp"], seeds=1, out=tmp_path / "out").cells
 
 
-def test_what_all_methods_fail_of_is_said_once(manifest: Path, study_config: Any, tmp_path: Path) -> None:
+@pytest.mark.fault("weights of a comparison that are missing, damaged, or of another model", "refused before training")
+@pytest.mark.parametrize("auxiliary", [False, True])
+def test_weights_that_cannot_be_used(auxiliary: bool, manifest: Path, study_config: Any, tmp_path: Path) -> None:
     config = study_config(manifest)
     weights = tmp_path / "weights.safetensors"
-    config = replace(config, model=replace(config.model, weights=str(weights)))
+    named = {"aux_backbone": "tiny", "aux_weights": str(weights)} if auxiliary else {"weights": str(weights)}
+    config = replace(config, model=replace(config.model, **named))
     with pytest.raises(ValueError, match=r"^weights must be a file, but there is none at \S+$"):
         make_plan(config, ["late", "ei"], seeds=2, out=tmp_path / "out")
     weights.write_bytes(b"damaged")
-    with pytest.raises(ValueError, match=r"^every method failed: cannot read weights from \S+: the file is damaged"):
-        compare(config, ["late", "ei"], tmp_path / "out", seeds=2)
+    with pytest.raises(ValueError, match=r"^cannot read weights from \S+: the file is damaged"):
+        make_plan(config, ["late", "ei"], seeds=2, out=tmp_path / "out")
+    save_file({"a": torch.zeros(2)}, weights)
+    with pytest.raises(ValueError, match=r"^weights \S+ do not fit the backbone: missing: "):
+        make_plan(config, ["late", "ei"], seeds=2, out=tmp_path / "out")
+    save_file(load_backbone(ModelConfig(backbone="tiny"), 8).vit.state_dict(), weights)
+    assert make_plan(config, ["late", "ei"], seeds=2, out=tmp_path / "out").cells
+
+
+@pytest.mark.fault("a first stage that a comparison cannot take over", "refused before training")
+def test_a_first_stage_that_cannot_be_taken_over(finished: Path, study_config: Any, tmp_path: Path) -> None:
+    def planned(source: Path, methods: list[str], out: str = "out") -> Plan:
+        config = study_config(finished.parent / "study/manifest.csv", stage1_from=str(source))
+        return make_plan(config, methods, seeds=1, out=tmp_path / out)
+
+    assert planned(finished, ["ei", "late", "mm-mil", "uni:cfp"]).cells
+    with pytest.raises(ValueError, match="^method 'ei': .*nowhere is no run: there is no such folder$"):
+        planned(tmp_path / "nowhere", ["mm-mil", "ei"])
+    with pytest.raises(
+        ValueError, match="^method 'late:lora': stage1_from .* cannot be used here, its adapter differ$"
+    ):
+        planned(finished, ["ei", "late:lora"])
+    unfinished = shutil.copytree(finished, tmp_path / "unfinished")
+    (unfinished / "stage1/oct/finished").unlink()
+    with pytest.raises(ValueError, match="its stage 1 of 'oct' is not finished$"):
+        planned(unfinished, ["ei"])
+
+
+@pytest.mark.fault("a class of which a comparison has no train row", "refused before training")
+def test_a_class_that_cannot_be_learned(manifest: Path, study_config: Any, tmp_path: Path) -> None:
+    lines = manifest.read_text().splitlines(True)
+    manifest.write_text("".join(line for line in lines if ",train,grey," not in line))
+    with pytest.raises(ValueError, match="^no train row is of class grey; is a label misspelt"):
+        make_plan(study_config(manifest), ["mm-mil"], seeds=1, out=tmp_path / "out")
+
+
+def test_what_all_methods_fail_of_is_said_once(
+    manifest: Path, study_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(config: Config, run: Path) -> Path:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(running, "train", fails)
+    with pytest.raises(ValueError, match="^every method failed: out of memory$"):
+        compare(study_config(manifest), ["late", "ei"], tmp_path / "out", seeds=2)
 
 
 @pytest.mark.fault("a comparison whose settings or manifest have changed since", "refused before training, with names")
@@ -358,6 +410,66 @@ def test_a_comparison_of_other_settings(
     with pytest.raises(ValueError, match="manifest.csv is not what it was when .*ei/seed-0 was trained"):
         compare(config, ["late", "ei"], out, seeds=1)
     assert len(pretended) == 1
+
+
+def test_another_number_of_resamplings_only_makes_new_tables(
+    manifest: Path, study_config: Any, tmp_path: Path, pretended: list[Path]
+) -> None:
+    config, out = study_config(manifest), tmp_path / "out"
+    first = compare(config, ["ei", "late"], out, seeds=1)
+    (out / "late/seed-0/cell.json").unlink()  # as if stopped there
+    before = (out / "ei/seed-0/config.yaml").read_bytes(), (out / "late/seed-0/config.yaml").read_bytes()
+    more = replace(config, train=replace(config.train, bootstrap=400))
+    second = compare(more, ["ei", "late"], out, seeds=1)
+    assert names(pretended, out) == ["ei/seed-0", "late/seed-0", "late/seed-0"]
+    assert ((out / "ei/seed-0/config.yaml").read_bytes(), (out / "late/seed-0/config.yaml").read_bytes()) == before
+    assert (first["bootstrap"], second["bootstrap"]) == (50, 400)
+    old, new = (content["methods"][1]["sources"]["fused"]["measures"]["mAP"] for content in (first, second))
+    assert old["value"] == new["value"] and (old["low"], old["high"]) != (new["low"], new["high"])
+    assert "400 resamplings" in " ".join((out / "comparison.html").read_text().split())
+
+
+@pytest.mark.fault("a comparison's folder that was moved", "first stages are found, and what they cost")
+@pytest.mark.parametrize("several", [False, True])
+def test_a_folder_that_was_moved(
+    several: bool, manifest: Path, folds: list[Path], study_config: Any, tmp_path: Path, pretended: list[Path]
+) -> None:
+    config, out = study_config(",".join(map(str, folds)) if several else manifest), tmp_path / "out"
+    content = compare(config, ["ei", "late"], out, seeds=1)
+    begun = out / "late" / ("fold1" if several else "") / "seed-0"
+    for stage in begun.glob("stage1/*"):
+        (stage / "metrics.jsonl").unlink()  # as where it is taken over and not trained
+    (begun / "cell.json").unlink()
+    moved = out.rename(tmp_path / "moved")
+    compare(config, ["ei", "late"], moved, seeds=1)
+    begun = moved / begun.relative_to(out)
+    assert pretended[-1] == begun and len(pretended) == (7 if several else 3)
+    assert Config.load(begun / "config.yaml").train.stage1_from == str(moved / "ei" / begun.relative_to(moved / "late"))
+    notes = [json.loads(path.read_text()) for path in sorted((moved / "late").rglob("cell.json"))]
+    assert all(note["stage1_from"].startswith("../") and note["seconds"] == 6 for note in notes)
+    assert content["methods"][1]["cost"]["seconds"] == sum(note["seconds"] for note in notes)
+
+
+def test_one_modality_of_several_adapters(
+    manifest: Path, study_config: Any, tmp_path: Path, pretended: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[str] = []
+
+    def load(run: Path, modality: str) -> tuple[torch.nn.Module, Config]:
+        loaded.append(f"{run.relative_to(tmp_path / 'out')} {modality}")
+        return torch.nn.Identity(), Config.load(run / "config.yaml")
+
+    monkeypatch.setattr(running, "load", load)
+    logits = np.random.default_rng(0).normal(size=(9, 3)).astype(np.float32)
+    monkeypatch.setattr(running, "predict_rows", lambda *_, **__: Predictions(logits, {}, None))
+    methods = ["ei", "ei:lora", "uni:cfp", "uni:cfp:lora", "uni:oct:lora"]
+    content = compare(study_config(manifest), methods, tmp_path / "out", seeds=1)
+    assert loaded == ["ei/seed-0 cfp", "ei+lora/seed-0 cfp", "ei+lora/seed-0 oct"]
+    assert [method["name"] for method in content["methods"] if not method["failed"]] == methods
+    parameters = [method["parameters"] for method in content["methods"][2:]]
+    assert parameters[0] > parameters[1] == parameters[2]
+    with pytest.raises(ValueError, match="with adapter 'full'; add such as late:full$"):
+        make_plan(study_config(manifest), ["ei", "uni:cfp:full"], seeds=1, out=tmp_path / "other")
 
 
 @pytest.mark.fault("two comparisons in one folder", "the second is refused")

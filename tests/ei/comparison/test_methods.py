@@ -108,6 +108,11 @@ def test_a_file_called_as_another_method(name: str, tmp_path: Path) -> None:
         (["ei", "ei"], "two methods are called 'ei'; leave one out"),
         (["ei:"], "method 'ei:' must name an adapter after the colon"),
         (["ei", "uni:mri"], "there is no modality 'mri', there are cfp, oct"),
+        (["ei", "uni:"], "there is no modality '', there are cfp, oct"),
+        (["ei", "uni:mri:lora"], "there is no modality 'mri', there are cfp, oct"),
+        (["ei", "uni:cfp:"], "method 'uni:cfp:' must name an adapter after the colon, such as uni:cfp:lora"),
+        (["ei", "uni:cfp:lroa"], "method 'uni:cfp:lroa': adapter must be"),
+        (["ei", "uni:cfp", "uni:cfp:mor"], "'uni:cfp' and 'uni:cfp:mor' are the same"),
         (["nowhere.yaml"], "cannot read the method nowhere.yaml"),
         (["late:.."], "adapter must be"),
         ([".hidden"], "names of their own, without a dot first, got '.hidden'"),
@@ -116,6 +121,13 @@ def test_a_file_called_as_another_method(name: str, tmp_path: Path) -> None:
 def test_methods_that_cannot_be_compared(names: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         find_methods(names, BASE)
+
+
+def test_modalities_whose_names_hold_colons() -> None:
+    base = replace(BASE, data=replace(BASE.data, modalities=("t1", "t1:post", "lora")))
+    found = find_methods(["uni:t1", "uni:t1:post", "uni:t1:lora", "uni:t1:post:lora", "uni:lora"], base)
+    adapters = [(method.modality, method.applied(base).model.adapter) for method in found]
+    assert adapters == [("t1", "mor"), ("t1:post", "mor"), ("t1", "lora"), ("t1:post", "lora"), ("lora", "mor")]
 
 
 def test_methods_whose_folders_some_disks_take_for_one(tmp_path: Path) -> None:

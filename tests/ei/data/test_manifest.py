@@ -499,7 +499,7 @@ def test_the_message_holds_the_file_and_every_problem(folder: Path) -> None:
 
 
 @pytest.mark.fault("a manifest: {kind}", "refused")
-@pytest.mark.parametrize(("kind", "reason"), [("directory", "is not a regular file"), ("fifo", "is not a regular file"),
+@pytest.mark.parametrize(("kind", "reason"), [("directory", "is a folder"), ("fifo", "is not a regular file"),
                                               ("missing", "does not exist")])  # fmt: skip
 def test_a_manifest_that_is_no_file(folder: Path, kind: str, reason: str) -> None:
     path = folder / "manifest.csv"
@@ -577,6 +577,8 @@ def test_classes_that_a_split_lacks_and_names_that_nearly_agree(folder: Path) ->
         "file: has no test row of dry, wet; metrics leave them out",
         "file: has classes whose names are nearly the same: 'Dry', 'dry'",
     ]
+    text = GOOD.replace("b.png,a.png", "b.png,e.png").replace(",dry,", ",1,").replace(",wet,", ",1.0,")
+    assert "file: has classes whose names are nearly the same: '1', '1.0'" in warnings_of(folder, text)
     flags = "id,split,acl,meniscus,cfp\na,train,1,0,a.png\nb,val,1,1,b.png\n"
     assert warnings_of(folder, flags, MULTI) == ["file: has no train row of meniscus; they cannot be learned"]
 

@@ -203,6 +203,15 @@ def test_a_modality_that_a_row_lacks_has_no_logits_and_no_part_in_its_figures(fi
     assert fit_temperatures(predictions.by_source, labels_of(rows), multi_label=False)["oct"] == 1
 
 
+def test_a_head_that_knows_nothing_is_told_of(capsys):
+    """Of 400 rows, two more are right than wrong."""
+    logits = np.zeros((400, 2))
+    logits[:, 0] = np.where(np.arange(400) < 201, 3, -3)
+    temperatures = fit_temperatures({"fused": logits, "cfp": logits / 300}, np.zeros(400, int), multi_label=False)
+    assert temperatures["fused"] > 200 and 0.5 < temperatures["cfp"] < 2
+    assert f"note: a temperature beyond 0.05 to 20 (fused {temperatures['fused']:.3g})" in capsys.readouterr().out
+
+
 def test_raw_logits_are_kept_whole(finished):
     """They give the same figures again, bit for bit, which probabilities of six digits need not."""
     stored = StoredLogits.read(finished / "logits.npz").of_split("test")
@@ -299,6 +308,10 @@ def test_prediction_has_the_temperatures_of_the_evaluation(run, tmp_path):
         (lambda run: None, "has no temperature yet .*; 'ei evaluate .*' fits it"),
         (lambda run: (run / "temperature.json").write_text("{"), "temperature.json is damaged; 'ei evaluate"),
         (lambda run: (run / "temperature.json").write_text('{"temperatures": {}}'), "temperature.json is damaged"),
+        (
+            lambda run: (run / "temperature.json").write_text('{"model": "x", "temperatures": {"fused": 0}}'),
+            "temperature.json is damaged",
+        ),
         (
             lambda run: (run / "temperature.json").write_text('{"model": "x", "temperatures": {"fused": 2}}'),
             "was fitted for another model than .*best.safetensors; 'ei evaluate",

@@ -17,7 +17,8 @@ import ei.evaluation.piecewise as prediction
 from ei import predict
 from ei.config import Config
 from ei.data.manifest import Row
-from ei.evaluation.piecewise import Pieces, Shard
+from ei.evaluation.piecewise import Pieces
+from ei.evaluation.shard import Shard
 from ei.runs.checkpoint import read_checkpoint, write_checkpoint
 
 ROWS, PIECES = 63, 11

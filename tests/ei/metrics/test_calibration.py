@@ -14,6 +14,7 @@ from ei.metrics import resampling
 from ei.metrics.calibration import (
     calibration,
     calibration_error,
+    doubtful_temperatures,
     fit_temperature,
     log_losses,
     probabilities,
@@ -220,6 +221,24 @@ def test_one_barely_wrong_row_is_enough_and_is_no_endless_search() -> None:
     logits = [[5.0, 0.0]] * 50 + [[1e-6, 0.0]]
     temperature = fit_temperature(logits, [0] * 50 + [1], multi_label=False)
     assert 0 < temperature < 0.5
+
+
+@pytest.mark.fault("logits that know nothing, or are next to zero", "a temperature at its bound, finite")
+@pytest.mark.parametrize(("size", "right", "wrong", "expected"), [(1e-9, 50, 1, 1e-6), (1e3, 10_001, 10_000, 1e6)])
+def test_a_temperature_ends_at_its_bound(size: float, right: int, wrong: int, expected: float) -> None:
+    rows = size * np.repeat([1.0, -1.0], [right, wrong])
+    logits = np.stack([rows, np.zeros(len(rows))], axis=1)
+    temperature = fit_temperature(logits, [0] * len(rows), multi_label=False)
+    assert temperature == pytest.approx(expected)
+    largest = np.finfo(np.float32).max
+    assert np.isfinite(probabilities(np.array([[largest, -largest]], float) / temperature, multi_label=False)).all()
+
+
+@pytest.mark.parametrize("value", [0.04, 21.0, 1e6])
+def test_a_temperature_far_from_1_is_remarked_on(value: float) -> None:
+    remark = doubtful_temperatures({"fused": 1.0, "oct": value, "cfp": 20.0})
+    assert f"(oct {value:.3g})" in remark
+    assert not doubtful_temperatures({"fused": 0.05, "oct": 1.0})
 
 
 def test_a_temperature_needs_logits_and_labels_that_fit() -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 import mor
 from ei.config import ADAPTERS, ModelConfig
-from ei.models.backbone import adapted, load_backbone
+from ei.models.backbone import adapted, load_backbone, require_weights
 from ei.models.vit import Backbone
 
 
@@ -85,7 +85,9 @@ def test_everything_is_frozen(trunk: Backbone) -> None:
 def test_weights_of_another_grid_equal_timms_dynamic_size(tmp_path: Path, side: int) -> None:
     vit = timm.create_model("test_vit", dynamic_img_size=True, dynamic_img_pad=True)  # 160 px, patches of 16
     save_file(vit.state_dict(), tmp_path / "vit.safetensors")
-    backbone = load_backbone(ModelConfig(backbone="test_vit", weights=str(tmp_path / "vit.safetensors")), side)
+    config = ModelConfig(backbone="test_vit", weights=str(tmp_path / "vit.safetensors"))
+    require_weights(config, side)
+    backbone = load_backbone(config, side)
     images = torch.randn(2, 3, side, side)
     torch.testing.assert_close(backbone(images), vit.forward_features(images)[:, 0], rtol=1e-5, atol=1e-5)
 
@@ -111,9 +113,19 @@ def dino(state: dict) -> dict:
 @pytest.mark.parametrize("layout", [mae, dino])
 def test_weights_as_self_supervised_training_leaves_them(tmp_path: Path, trunk: Backbone, layout: Callable) -> None:
     torch.save(layout(trunk.vit.state_dict()), tmp_path / "tiny.pth")
-    backbone = load_backbone(ModelConfig(backbone="tiny", weights=str(tmp_path / "tiny.pth")), 8)
+    config = ModelConfig(backbone="tiny", weights=str(tmp_path / "tiny.pth"))
+    require_weights(config, 8)
+    backbone = load_backbone(config, 8)
     images = torch.randn(2, 3, 8, 8)
     assert torch.equal(backbone(images), trunk(images))
+
+
+def test_weights_from_before_torch_wrote_archives(tmp_path: Path, trunk: Backbone) -> None:
+    torch.save(trunk.vit.state_dict(), tmp_path / "tiny.pth", _use_new_zipfile_serialization=False)
+    config = ModelConfig(backbone="tiny", weights=str(tmp_path / "tiny.pth"))
+    require_weights(config, 8)
+    images = torch.randn(2, 3, 8, 8)
+    assert torch.equal(load_backbone(config, 8)(images), trunk(images))
 
 
 def test_all_misfits_come_in_one_message_and_change_nothing(tmp_path: Path, trunk: Backbone) -> None:
@@ -139,6 +151,8 @@ def test_weights_of_another_model(tmp_path: Path, other: str) -> None:
     save_file(timm.create_model(other, num_classes=0).state_dict(), tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="do not fit the backbone: "):
         load_backbone(ModelConfig(backbone="test_vit", weights=str(tmp_path / "other.safetensors")), 64)
+    with pytest.raises(ValueError, match="do not fit the backbone: "):
+        require_weights(ModelConfig(backbone="test_vit", weights=str(tmp_path / "other.safetensors")), 64)
 
 
 def test_a_kernel_of_another_patch_size_is_not_resampled(tmp_path: Path) -> None:

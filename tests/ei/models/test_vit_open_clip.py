@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from ei.config import ModelConfig
-from ei.models.backbone import adapted, load_backbone
+from ei.models.backbone import adapted, load_backbone, require_weights
 from ei.models.vit_timm import TimmBackbone
 from mor import trainable_parameters
 
@@ -67,6 +67,7 @@ def test_a_clip_checkpoint_gives_its_vision_tower(register, tmp_path: Path, side
     clip = open_clip.create_model("small")
     save_file({name: tensor.contiguous() for name, tensor in clip.state_dict().items()}, tmp_path / "clip.safetensors")
     config = ModelConfig(backbone="open_clip:small", weights=str(tmp_path / "clip.safetensors"))
+    require_weights(config, side)
     backbone = load_backbone(config, side)
 
     grown = -(-side // 8) * 8
@@ -127,6 +128,8 @@ def test_other_towers_are_refused(register, vision: dict, message: str) -> None:
 def test_names_and_tags(name: str, pretrained: bool, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_backbone(ModelConfig(backbone=name, pretrained=pretrained), 32)
+    with pytest.raises(ValueError, match=message):
+        require_weights(ModelConfig(backbone=name, pretrained=pretrained), 32)
 
 
 @pytest.mark.parametrize(("tag", "quick_gelu"), [("openai", True), ("laion2b_e16", False)])

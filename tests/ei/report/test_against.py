@@ -176,5 +176,7 @@ def test_a_run_is_not_compared_with_itself(tmp_path: Path, name: str) -> None:
 
 def test_a_run_without_logits_is_told_how_to_get_them(tmp_path: Path) -> None:
     run = written(tmp_path / "a", stored())
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/config.yaml").touch()
     with pytest.raises(ValueError, match="b has no logits.npz; 'ei evaluate .*b' writes it"):
         compare_runs(run, tmp_path / "b", bootstrap=0, seed=0)

@@ -435,8 +435,8 @@ def test_gate_maps_show_ranks_bypass_and_means(page: Page) -> None:
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("metrics.json", None, "cannot read .*metrics.json"),
-        ("config.yaml", None, "cannot read .*config.yaml"),
+        ("metrics.json", None, "has not been evaluated yet .*metrics.json is missing.; 'ei evaluate .*' does it"),
+        ("config.yaml", None, "is no run: it has no config.yaml"),
         ("config.yaml", "a: [", "config.yaml is not YAML"),
         ("config.yaml", "just words", "config.yaml must hold sections"),
         ("metrics.json", "{", "metrics.json is not JSON"),
@@ -517,6 +517,13 @@ def test_with_temperatures_both_calibrations_are_shown(tmp_path: Path) -> None:
         if "Reliability of fused" in image["alt"]
     ]
     assert "with temperature" in text and "without" in text
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize(("temperature", "remarked"), [(1.7, False), (812.0, True)])
+def test_a_temperature_far_from_1_is_remarked_on(tmp_path: Path, temperature: float, remarked: bool) -> None:
+    page = Page(write_report(make_run(tmp_path / "run", splits=("test", "val"), temperature=temperature)))
+    assert ("a temperature beyond 0.05 to 20 (fused 812" in page.text("calibration")) == remarked
 
 
 @pytest.mark.usefixtures("undrawn")
