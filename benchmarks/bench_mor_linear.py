@@ -45,7 +45,7 @@ import mor_kernels
 from mor import MoRConfig, MoRLinear
 from mor.files import write_atomically
 from mor_kernels.blocks import ROW_LIMITS
-from mor_kernels.measure import captured, in_turn, peak_bytes, quantiles, side_stream
+from mor_kernels.measure import captured, in_turn, peak_bytes, quantiles, side_stream, table_in_use
 from mor_kernels.reference import TOLERANCE
 from mor_kernels.tables import FUSED_FORMS, card, file_name
 
@@ -474,7 +474,7 @@ def setup(options: argparse.Namespace) -> Result:
     gpu = card(torch.device(options.device))[0] if options.device == "cuda" else "CPU, interpreter: times mean nothing"
     return {
         "gpu": gpu, "cuda": torch.version.cuda, **harness.setup(names, packages), "dtype": options.dtype,
-        "parameters": options.parameters, "block": "sum of its linears",
+        "parameters": options.parameters, "block": "sum of its linears", "table": table_in_use(gpu),
     }  # fmt: skip
 
 

@@ -46,7 +46,7 @@ from ei.optimisation import Step, make_optimizer
 from ei.processes import Processes
 from ei.runtime import arithmetic, choose_device, narrow_frozen
 from mor.files import write_atomically
-from mor_kernels.measure import quantiles
+from mor_kernels.measure import quantiles, table_in_use
 
 PACKAGES = ("torch", "triton", "timm")
 CODE = [Path(package.__file__).parent for package in (mor, mor_kernels, ei)]
@@ -106,9 +106,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     trunk = load_backbone(config.model, options.size)
     batch = random_batch(options.batch, options.size).to(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model()
     result: dict[str, Any] = {
         "device": device.type,
-        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model(),
+        "device_name": name,
+        "table": table_in_use(name),
         **setup(PACKAGES, CODE),
         "backbone": options.backbone,
         "image_size": options.size,

@@ -61,6 +61,19 @@ def test_measures_everything(bench: ModuleType, whole: tuple[dict, Path]) -> Non
     assert "times mean nothing" in setup["gpu"]
 
 
+def test_names_the_table_that_it_measured_with(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MOR_KERNELS_TABLE", raising=False)
+    assert bench.table_in_use("a card without a table") is None
+    table = tmp_path / "mine.json"
+    monkeypatch.setenv("MOR_KERNELS_TABLE", str(table))
+    table.write_text("{}")
+    one = bench.table_in_use("any")
+    table.write_text("{} ")
+    assert one.startswith("mine.json ") and bench.table_in_use("any") != one
+
+
 def test_draws_what_it_measured(whole: tuple[dict, Path]) -> None:
     _, path = whole
     assert path.with_suffix(".png").stat().st_size > 10_000
