@@ -536,6 +536,8 @@ def main(arguments: Sequence[str] | None = None) -> Result:
             measure_cell(result, block, linear, rows, built[block, linear], modes, options)
             summarise(result)
             save(result, path)
+            done = f"{block} {linear} T={rows} {', '.join(modes)}"
+            print(f"{time.monotonic() - started:.0f} s: {done}", file=sys.stderr)
     summarise(result)
     print(report(result))
     if path:

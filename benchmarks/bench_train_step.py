@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.out.mkdir(parents=True, exist_ok=True)
     result = measure(options)
     print(report(result))
-    if options.out:
+    if options.out and result["measurements"]:
         plot(result, path_of(result, options).with_suffix(".png"))
 
 

@@ -86,8 +86,8 @@ def test_what_cannot_run_leaves_the_others_their_times(broken, monkeypatch, caps
 
 
 @pytest.mark.usefixtures("no_warm_up")
-def test_out_of_time_begins_nothing_more(capsys):
-    bench.main([*SMALL, "--minutes", "0"])
+def test_out_of_time_begins_nothing_more(tmp_path, capsys):
+    bench.main([*SMALL, "--minutes", "0", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
     assert "Not measured: frozen, compile off (out of time)." in printed and "| frozen |" not in printed
 
