@@ -1,6 +1,6 @@
 """What a Mixture-of-Ranks linear costs on a GPU, as a multiple of the frozen linear it adapts.
 
-    python benchmarks/bench_mor_linear.py                                     all of it, in about ten minutes
+    python benchmarks/bench_mor_linear.py                                     all of it, planned for eight minutes
     python benchmarks/bench_mor_linear.py --resume --blocks ViT-L             adds to the same result file
     TRITON_INTERPRET=1 python benchmarks/bench_mor_linear.py --device cpu --blocks tiny --rows 40
                                        tries the whole path in Triton's interpreter, where times mean nothing
