@@ -1,6 +1,6 @@
 """What a Mixture-of-Ranks linear costs on a GPU, as a multiple of the frozen linear it adapts.
 
-    python benchmarks/bench_mor_linear.py                                     all of it, in about ten minutes
+    python benchmarks/bench_mor_linear.py                                     all of it, planned for eight minutes
     python benchmarks/bench_mor_linear.py --resume --blocks ViT-L             adds to the same result file
     TRITON_INTERPRET=1 python benchmarks/bench_mor_linear.py --device cpu --blocks tiny --rows 40
                                        tries the whole path in Triton's interpreter, where times mean nothing
@@ -9,6 +9,9 @@ The four linears of a ViT block, W frozen and in bf16, x and the adapter requiri
 MoRLinear makes it. Providers: the frozen linear, MoRLinear as a loop over its experts, that loop under torch.compile
 (one compilation for each linear, with a free number of rows), MoRLinear by its concatenated form, the two fused forms
 of mor_kernels, what MoRLinear chooses by itself ("auto"), and peft's LoRA r=8 in bf16.
+
+The linears that the goals are about come first: forward and backward of ViT-B, then its other modes, then ViT-L. The
+result file is written anew after each linear, so a run that is killed leaves what it had measured.
 
 All providers of one linear take turns, in an order shuffled anew for every round, on a cold L2 cache; a ratio is to
 the frozen linear of the same round. In "graph" each call is a replayed CUDA graph; in "eager" the card waits idle and
@@ -40,8 +43,9 @@ from torch import Tensor, nn
 import mor
 import mor_kernels
 from mor import MoRConfig, MoRLinear
+from mor.files import write_atomically
 from mor_kernels.blocks import ROW_LIMITS
-from mor_kernels.measure import captured, in_turn, peak_bytes, quantiles, side_stream
+from mor_kernels.measure import captured, in_turn, peak_bytes, quantiles, side_stream, table_in_use
 from mor_kernels.reference import TOLERANCE
 from mor_kernels.tables import FUSED_FORMS, card, file_name
 
@@ -66,8 +70,10 @@ ERROR_LIMIT = 1.25
 FP32_FLOOR = 1e-5  # below this an error in fp32 is rounding, whatever the loop's luck was
 EXPECTED = {"frozen": harness.expected_frozen, "peft": harness.expected_lora}  # all others: the MoR linear
 MODES = ("no_grad_forward", "forward", "backward", "forward_backward")
+AIM = "forward_backward"  # what the targets are about
 LAUNCHES = ("graph", "eager")
-ROWS = (1576, 6288, 12608, 65536)  # 8 images of 197 tokens, 8 of 786 (the paper's batch), 64 of 197, and many
+# Many, 64 images of 197 tokens, 8 of them, and 8 of 786 (the paper's batch): those with goals first.
+ROWS = (65536, 12608, 1576, 6288)
 RESULTS = Path(__file__).parent / "results"
 
 Result = dict[str, Any]
@@ -215,9 +221,11 @@ def calls_of(layer: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Callable[[], 
     return dict(zip(MODES, (no_grad_forward, lambda: layer(x), backward, forward_backward), strict=True))
 
 
-def missing(record: Result, layers: Mapping[str, nn.Module], options: argparse.Namespace) -> Iterator[tuple[str, str]]:
+def missing(
+    record: Result, layers: Mapping[str, nn.Module], modes: Sequence[str], options: argparse.Namespace
+) -> Iterator[tuple[str, str]]:
     """The modes and ways to launch in which somebody has neither a time nor a reason to have none."""
-    for mode, launch in product(options.modes, options.launches):
+    for mode, launch in product(modes, options.launches):
         way = f"{mode}, {launch}"
         settled = {*record["refused"], *record["times"].get(way, {}), *record["not_measured"].get(way, {})}
         if not {"frozen", *options.providers} & layers.keys() <= settled:
@@ -225,12 +233,17 @@ def missing(record: Result, layers: Mapping[str, nn.Module], options: argparse.N
 
 
 def measure_linear(
-    record: Result, layers: Mapping[str, nn.Module], x: Tensor, dy: Tensor, options: argparse.Namespace
+    record: Result,
+    layers: Mapping[str, nn.Module],
+    x: Tensor,
+    dy: Tensor,
+    modes: Sequence[str],
+    options: argparse.Namespace,
 ) -> None:
     """Add times and peak memory to the record of one linear, for what is not in it yet."""
     timed = [name for name in layers if name == "frozen" or name in options.providers]
     timed = [name for name in timed if name not in record["refused"]]
-    for mode, launch in list(missing(record, layers, options)):
+    for mode, launch in list(missing(record, layers, modes, options)):
         way = f"{mode}, {launch}"
         times, not_measured = record["times"].setdefault(way, {}), record["not_measured"].setdefault(way, {})
         ready = {}
@@ -287,7 +300,7 @@ def summarise(result: Result) -> None:
     """Add what follows from the linears: the blocks' sums, and what became of every target."""
     result["blocks"] = [
         block
-        for name, rows in dict.fromkeys((linear["block"], linear["rows"]) for linear in result["linears"])
+        for name, rows in sorted({(linear["block"], linear["rows"]) for linear in result["linears"]})
         for block in sums(result, name, rows)
     ]
     result["targets"] = [judge(target, result) for target in TARGETS] + judge_results(result)
@@ -298,12 +311,14 @@ def sums(result: Result, block: str, rows: int) -> Iterator[Result]:
     linears = [linear for linear in result["linears"] if (linear["block"], linear["rows"]) == (block, rows)]
     if {linear["linear"] for linear in linears} != BLOCKS[block].keys():
         return
-    for way in dict.fromkeys(way for linear in linears for way in linear["times"]):
+    for mode, launch in product(MODES, LAUNCHES):
+        way = f"{mode}, {launch}"
+        if not any(way in linear["times"] for linear in linears):
+            continue
         parts = [linear["times"].get(way, {}) for linear in linears]
         complete = [name for name in NAMES if all(name in part for part in parts)]
         total = {name: sum(part[name]["microseconds"][0] for part in parts) for name in complete}
         frozen = {name: sum(part[name]["frozen_microseconds"] for part in parts) for name in complete}
-        mode, _, launch = way.partition(", ")
         yield {
             "block": block, "rows": rows, "mode": mode, "launch": launch, "microseconds": total,
             "ratio": {name: total[name] / frozen[name] for name in complete},
@@ -315,7 +330,7 @@ def judge(target: Target, result: Result) -> Result:
     found = []
     for launch, block in product(target.launches, result["blocks"]):
         where, ratio = (block["block"], block["rows"], block["mode"], block["launch"]), block["ratio"]
-        here = where == ("ViT-B", target.rows, "forward_backward", launch)
+        here = where == ("ViT-B", target.rows, AIM, launch)
         if here and target.provider in ratio and target.rival in ratio:
             found.append((ratio[target.provider] / ratio[target.rival], launch))
     sign = "at least" if target.at_least else "at most"
@@ -393,7 +408,7 @@ def plot(result: Result, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    shown = [block for block in result["blocks"] if block["mode"] == "forward_backward"]
+    shown = [block for block in result["blocks"] if block["mode"] == AIM]
     blocks = list(dict.fromkeys(block["block"] for block in shown))
     launches = list(dict.fromkeys(block["launch"] for block in shown))
     if not shown:
@@ -437,7 +452,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--parameters", default="float32", choices=["bfloat16", "float16", "float32"], help="MoR's own")
     parser.add_argument("--seconds", type=float, default=0.2, help="of timing for each linear, mode and launch")
-    parser.add_argument("--minutes", type=float, default=9.0, help="begin no further linear after this; see --resume")
+    parser.add_argument("--minutes", type=float, default=8.0, help="begin no further linear after this; see --resume")
     parser.add_argument("--resume", action="store_true", help="add what is missing to the result file that is there")
     parser.add_argument("--out", type=Path, help="folder (default: benchmarks/results; on the CPU nothing is written)")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
@@ -459,7 +474,7 @@ def setup(options: argparse.Namespace) -> Result:
     gpu = card(torch.device(options.device))[0] if options.device == "cuda" else "CPU, interpreter: times mean nothing"
     return {
         "gpu": gpu, "cuda": torch.version.cuda, **harness.setup(names, packages), "dtype": options.dtype,
-        "parameters": options.parameters, "block": "sum of its linears",
+        "parameters": options.parameters, "block": "sum of its linears", "table": table_in_use(gpu),
     }  # fmt: skip
 
 
@@ -506,18 +521,23 @@ def main(arguments: Sequence[str] | None = None) -> Result:
     print(json.dumps(result["setup"]), file=sys.stderr)
     with settings_of_torch(), side_stream() if options.device == "cuda" else nullcontext():
         if options.device == "cuda" and result["compilations_when_rows_vary"] is None:
-            result["compilations_when_rows_vary"] = compilations_when_rows_vary(options.device)
+            try:
+                result["compilations_when_rows_vary"] = compilations_when_rows_vary(options.device)
+            except Exception as error:  # a form that cannot run leaves the other its times
+                print(f"compilations when the rows vary were not counted: {_first_line(error)}", file=sys.stderr)
         built: dict[tuple[str, str], dict[str, nn.Module]] = {}
-        for block, rows in product(options.blocks, options.rows):
-            for linear, (K, O) in BLOCKS[block].items():
-                if time.monotonic() - started > 60 * options.minutes:
-                    print(f"out of time before {block} {linear} T={rows}; --resume goes on", file=sys.stderr)
-                    continue
-                if (block, linear) not in built:
-                    built[block, linear] = build_layers(K, O, options)
-                measure_cell(result, block, linear, rows, built[block, linear], options)
-                summarise(result)
-                save(result, path)
+        for block, modes, rows, linear in plan(options):
+            if time.monotonic() - started > 60 * options.minutes:
+                what = f"{block} {linear} T={rows} {', '.join(modes)}"
+                print(f"out of time before {what}; --resume goes on", file=sys.stderr)
+                break
+            if (block, linear) not in built:
+                built[block, linear] = build_layers(*BLOCKS[block][linear], options)
+            measure_cell(result, block, linear, rows, built[block, linear], modes, options)
+            summarise(result)
+            save(result, path)
+            done = f"{block} {linear} T={rows} {', '.join(modes)}"
+            print(f"{time.monotonic() - started:.0f} s: {done}", file=sys.stderr)
     summarise(result)
     print(report(result))
     if path:
@@ -525,10 +545,25 @@ def main(arguments: Sequence[str] | None = None) -> Result:
     return result
 
 
+def plan(options: argparse.Namespace) -> Iterator[tuple[str, list[str], int, str]]:
+    """Block, modes, rows and linear of what is measured together, what the goals are about first."""
+    aims = [mode for mode in options.modes if mode == AIM]
+    others = [mode for mode in options.modes if mode != AIM]
+    for block, modes, rows in product(options.blocks, [aims, others], options.rows):
+        for linear in BLOCKS[block] if modes else ():
+            yield block, modes, rows, linear
+
+
 def measure_cell(
-    result: Result, block: str, linear: str, rows: int, layers: Mapping[str, nn.Module], options: argparse.Namespace
+    result: Result,
+    block: str,
+    linear: str,
+    rows: int,
+    layers: Mapping[str, nn.Module],
+    modes: Sequence[str],
+    options: argparse.Namespace,
 ) -> None:
-    """Check and time one linear at one number of rows, into its record."""
+    """Check one linear at one number of rows, unless that is done, and time it, into its record."""
     K, O = BLOCKS[block][linear]
 
     def inputs(seed: int) -> tuple[Tensor, Tensor]:
@@ -545,21 +580,22 @@ def measure_cell(
         ]  # fmt: skip
         result["linears"] += records
     (record,) = records
-    if not list(missing(record, layers, options)):
+    if not list(missing(record, layers, modes, options)):
         return
-    draws, runs = (16, 10) if options.device == "cuda" else (8, 2)
-    for field, found in check(layers, inputs, draws, runs).items():
-        record[field] |= found
-    record["providers"] = [name for name in NAMES if name in {*record["providers"], *layers}]
-    for name, reason in record["refused"].items():
-        print(f"{block} {linear} T={rows}: {NAMES[name]} gets no time: {reason}")
-    measure_linear(record, layers, *inputs(0), options)
+    if not layers.keys() <= record["errors"].keys() | record["refused"].keys():
+        draws, runs = (16, 10) if options.device == "cuda" else (8, 2)
+        for field, found in check(layers, inputs, draws, runs).items():
+            record[field] |= found
+        record["providers"] = [name for name in NAMES if name in {*record["providers"], *layers}]
+        for name, reason in record["refused"].items():
+            print(f"{block} {linear} T={rows}: {NAMES[name]} gets no time: {reason}")
+    measure_linear(record, layers, *inputs(0), modes, options)
 
 
 def save(result: Result, path: Path | None) -> None:
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
 
 
 def _short(options: argparse.Namespace) -> str:

@@ -10,6 +10,10 @@ as one product ("concat") and fused ("triton"); each as it is, compiled ("on") a
 
 Before anything is timed, each variant's gradients are compared with those of the loop in fp32: one whose error is more
 than 1.5 times that of the loop in the same precision gets no time.
+
+What compiles nothing comes first, then the variants that compile soonest. The results are written anew after each
+measurement, so a run that is killed leaves what it had measured; --modes and --variants ask for part of it, and write
+over what is in the same folder.
 """
 
 import argparse
@@ -22,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +45,8 @@ from ei.models import Backbone, build_model, load_backbone
 from ei.optimisation import Step, make_optimizer
 from ei.processes import Processes
 from ei.runtime import arithmetic, choose_device, narrow_frozen
-from mor_kernels.measure import quantiles
+from mor.files import write_atomically
+from mor_kernels.measure import quantiles, table_in_use
 
 PACKAGES = ("torch", "triton", "timm")
 CODE = [Path(package.__file__).parent for package in (mor, mor_kernels, ei)]
@@ -48,6 +54,7 @@ MODALITIES = ("fundus", "oct")
 CLASSES = 4
 VARIANTS = ("frozen", "eager", "concat", "triton")
 MODES = ("off", "on", "graphs")
+SOONEST_COMPILED = ("frozen", "triton", "concat", "eager")
 WARM_UP = 5
 ERROR_LIMIT = 1.5  # of a variant's gradients, as a multiple of the loop's error in the same precision
 
@@ -63,21 +70,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=30, help="timed steps per variant")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
+    parser.add_argument("--minutes", type=float, default=8.0, help="begin nothing that would end after this")
     parser.add_argument("--out", type=Path, help="folder for the results (default: none are written)")
     options = parser.parse_args(arguments)
-    result = measure(options)
-    text = report(result)
-    print(text)
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
-        name = f"{result['device_name'].lower().replace(' ', '_')}_train_step"
-        (options.out / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
-        (options.out / f"{name}.md").write_text(f"# A training step of Early Intervention\n\n{text}\n")
-        plot(result, options.out / f"{name}.png")
+    result = measure(options)
+    print(report(result))
+    if options.out and result["measurements"]:
+        plot(result, path_of(result, options).with_suffix(".png"))
+
+
+def path_of(result: dict[str, Any], options: argparse.Namespace) -> Path:
+    return options.out / f"{result['device_name'].lower().replace(' ', '_')}_train_step.json"
+
+
+def save(result: dict[str, Any], options: argparse.Namespace) -> None:
+    """Figures and table, as far as there are any yet."""
+    if options.out:
+        path = path_of(result, options)
+        table = f"# A training step of Early Intervention\n\n{report(result)}\n"
+        write_atomically(path, (json.dumps(result, indent=2) + "\n").encode())
+        write_atomically(path.with_suffix(".md"), table.encode())
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """The set-up, and of each variant its error, and in each mode its times and memory."""
+    started = time.monotonic()
     device = choose_device(options.device)
     config = Config(
         data=DataConfig(modalities=MODALITIES, image_size=options.size),
@@ -87,9 +106,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     trunk = load_backbone(config.model, options.size)
     batch = random_batch(options.batch, options.size).to(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model()
     result: dict[str, Any] = {
         "device": device.type,
-        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model(),
+        "device_name": name,
+        "table": table_in_use(name),
         **setup(PACKAGES, CODE),
         "backbone": options.backbone,
         "image_size": options.size,
@@ -99,24 +120,47 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "steps": options.steps,
         "errors": {},
         "measurements": [],
+        "not_measured": {},  # and why
     }
     expected = gradients(make_model(config, trunk, "eager").to(device), batch, "fp32")
-    for variant in options.variants:
+    for variant in dict.fromkeys((*options.variants, "eager")):  # all others are held to the loop
         if variant != "frozen":
-            result["errors"][variant] = error_of(variant, config, trunk, batch, expected)
-    if "eager" not in result["errors"]:
-        result["errors"]["eager"] = error_of("eager", config, trunk, batch, expected)
+            try:
+                result["errors"][variant] = error_of(variant, config, trunk, batch, expected)
+            except Exception as error:  # a variant that cannot run leaves the others their times
+                result["not_measured"][variant] = first_line(error)
     del expected
-    for mode in options.modes:
-        for variant in options.variants:
-            if not_exact(result["errors"], variant):
-                print(f"{variant}: its gradients are off, so it gets no time", file=sys.stderr)
-                continue
-            print(f"{variant}, compile {mode}", file=sys.stderr)
-            result["measurements"].append(
-                {"variant": variant, "compile": mode, **measure_variant(variant, mode, config, trunk, batch, options)}
-            )
+    longest = 0.0  # that a measurement has taken, in seconds
+    for mode, variant in plan(options):
+        what = f"{variant}, compile {mode}"
+        if variant in result["not_measured"]:
+            continue
+        if not_exact(result["errors"], variant):
+            print(f"{variant}: its gradients are off, so it gets no time", file=sys.stderr)
+            continue
+        if time.monotonic() - started + longest > 60 * options.minutes:
+            result["not_measured"][what] = "out of time"
+            continue
+        print(what, file=sys.stderr, flush=True)
+        begun = time.monotonic()
+        try:
+            found = measure_variant(variant, mode, config, trunk, batch, options)
+            result["measurements"].append({"variant": variant, "compile": mode, **found})
+        except Exception as error:  # as above
+            result["not_measured"][what] = first_line(error)
+        longest = max(longest, time.monotonic() - begun)
+        save(result, options)
     return result
+
+
+def plan(options: argparse.Namespace) -> list[tuple[str, str]]:
+    """Mode and variant of all measurements: what compiles nothing, then what compiles soonest."""
+    every = product(options.modes, options.variants)
+    return sorted(every, key=lambda pair: (pair[0] != "off", SOONEST_COMPILED.index(pair[1]), pair[0] != "graphs"))
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"[:200]
 
 
 def make_model(config: Config, trunk: Backbone, variant: str) -> nn.Module:
@@ -138,7 +182,8 @@ def error_of(variant: str, config: Config, trunk: Backbone, batch: Batch, expect
 
 def not_exact(errors: dict[str, float], variant: str) -> bool:
     # So that NaN counts as wrong. 1e-4: in fp32 all of them are as good as exact.
-    return variant != "frozen" and not errors[variant] <= max(ERROR_LIMIT * errors["eager"], 1e-4)
+    limit = max(ERROR_LIMIT * errors.get("eager", 0.0), 1e-4)
+    return variant != "frozen" and variant in errors and not errors[variant] <= limit
 
 
 def gradients(model: nn.Module, batch: Batch, precision: str) -> Tensor:
@@ -201,11 +246,13 @@ def measure_variant(
 @contextmanager
 def private_copy(trunk: Backbone) -> Iterator[Backbone]:
     """A trunk for one variant alone; afterwards everything of it is given back, so that peaks can be compared."""
-    yield copy.deepcopy(trunk)
-    torch.compiler.reset()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    try:
+        yield copy.deepcopy(trunk)
+    finally:
+        torch.compiler.reset()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def timed(step: Callable[[], None], device: torch.device) -> float:
@@ -216,12 +263,24 @@ def timed(step: Callable[[], None], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def kernel_share(step: Callable[[], None], seconds: float) -> float:
-    """The time that kernels run as a share of a step's: far below one, launches or the host dominate."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(3):
-            step()
-    microseconds = sum(event.self_device_time_total for event in profile.key_averages())
+def kernel_share(step: Callable[[], None], seconds: float) -> float | None:
+    """The time that kernels run as a share of a step's: far below one, launches or the host dominate.
+
+    None where the profiler does not run, which must not cost the times.
+    """
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            for _ in range(3):
+                step()
+    except RuntimeError as error:
+        print(f"no share of kernels: {first_line(error)}", file=sys.stderr)
+        return None
+    # A range that somebody has given a name counts again what runs within it.
+    microseconds = sum(
+        event.self_device_time_total
+        for event in profile.key_averages()
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
+    )
     return round(microseconds / 3e6 / seconds, 3)
 
 
@@ -237,7 +296,8 @@ def report(result: dict[str, Any]) -> str:
         "| adapters | compile | ms a step | of frozen | images/s | peak memory (reserved) | in kernels | first step |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for m in result["measurements"]:
+    order = [(mode, variant) for mode in MODES for variant in VARIANTS]
+    for m in sorted(result["measurements"], key=lambda m: order.index((m["compile"], m["variant"]))):
         (median, low, high), base, share = m["step_ms"], frozen.get(m["compile"]), m["kernel_share"]
         cells = [
             m["variant"],
@@ -254,6 +314,7 @@ def report(result: dict[str, Any]) -> str:
     errors = ", ".join(f"{variant} {error:.1e}" for variant, error in result["errors"].items())
     lines += ["", f"Error of all gradients against the loop in fp32: {errors}."]
     lines += [f"No time for {', '.join(red)}: its gradients are off."] if red else []
+    lines += [f"Not measured: {what} ({why})." for what, why in result["not_measured"].items()]
     return "\n".join(lines)
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_origin, get_type_hints
 
 import yaml
-from tyro.constructors import PrimitiveConstructorSpec
 
 from ei.intensity import Intensity
 
@@ -20,9 +19,17 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def _comma_separated(of: type) -> PrimitiveConstructorSpec:
-    return PrimitiveConstructorSpec(
-        nargs=1,
+def _from_one_word(**how: Any) -> Any:
+    """How the command line reads a setting; None without tyro, where there is no command line."""
+    try:
+        from tyro.constructors import PrimitiveConstructorSpec
+    except ModuleNotFoundError:
+        return None
+    return PrimitiveConstructorSpec(nargs=1, **how)
+
+
+def _comma_separated(of: type) -> Any:
+    return _from_one_word(
         metavar="A,B,...",
         instance_from_str=lambda words: tuple(of(word.strip()) for word in words[0].split(",") if word.strip()),
         is_instance=lambda value: isinstance(value, tuple) and all(isinstance(item, of) for item in value),
@@ -48,8 +55,7 @@ OF_PEFT = "peft:"
 
 AdapterName = Annotated[
     str,
-    PrimitiveConstructorSpec(
-        nargs=1,
+    _from_one_word(
         metavar="{" + ",".join((*ADAPTERS, OF_PEFT + "NAME")) + "}",
         instance_from_str=lambda words: words[0],
         is_instance=lambda value: isinstance(value, str),

@@ -3,6 +3,7 @@
 For `python -m mor_kernels.tune` and for the benchmarks; the operators import nothing from here.
 """
 
+import hashlib
 import os
 import random
 import subprocess
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+
+from mor_kernels.tables import SHIPPED, VARIABLE, file_name
 
 Name = TypeVar("Name", bound=Hashable)
 
@@ -110,6 +113,13 @@ def peak_bytes(function: Callable[[], object]) -> int:
     function()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+def table_in_use(gpu: str) -> str | None:
+    """Name and fingerprint of the file whose tiles and forms are taken on a card of this name; None: the defaults."""
+    own = os.environ.get(VARIABLE)
+    path = Path(own) if own else SHIPPED / file_name(gpu)
+    return f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}" if path.exists() else None
 
 
 def git_state(folders: Sequence[Path]) -> dict[str, Any]:

@@ -13,12 +13,15 @@ graphs on a cold L2 cache, calls taking turns. The table that is written goes on
 
     TRITON_INTERPRET=1 python -m mor_kernels.tune --device cpu     tries the whole path; its times mean nothing
 
+The file is written anew after every kernel and every linear, so a run that is killed leaves what it had found.
+
 Shapes: T rows (all tokens), K in, O out, R sum of ranks, G router outputs.
 """
 
 import argparse
 import itertools
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -53,6 +56,7 @@ TILE_SHAPES = ((768, 3072), (3072, 768), (768, 768))  # tiles are shared by all 
 ROWS = (1576, 6288, 12608, 65536)  # one for each bucket
 QUICK = 4  # candidates of each kernel
 NOISE = 0.02  # a form that is not faster by more than this does not replace the safer one
+TILES_SHARE = 0.7  # of the time, so that some is left for the forms
 
 # The first ones are the likeliest; --quick tries no others. Tiles are rows, inner, columns, warps, stages.
 CANDIDATES: dict[str, list[Blocks]] = {
@@ -95,6 +99,11 @@ CANDIDATES: dict[str, list[Blocks]] = {
 
 
 Call = Callable[[], object]
+Keep = Callable[[dict, list], None]  # of the winners and the times so far
+
+
+def forget(winners: dict, evidence: list) -> None:
+    """Keeps nothing."""
 
 
 class Part(NamedTuple):
@@ -117,10 +126,15 @@ class Run:
     candidates: dict[str, list[Blocks]]
     seconds: float
     until: float  # on time.monotonic's clock
+    tiles_until: float
 
     @property
     def out_of_time(self) -> bool:
         return time.monotonic() > self.until
+
+    @property
+    def out_of_time_for_tiles(self) -> bool:
+        return time.monotonic() > self.tiles_until
 
     def ready(self, call: Call) -> Call:
         """To be timed without what it takes to launch: as a CUDA graph, where there is a card."""
@@ -144,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, nargs="+", help="numbers of rows, at most one for each bucket")
     parser.add_argument("--dtype", choices=tables.DTYPES, default="bfloat16")
     parser.add_argument("--seconds", type=float, default=0.02, help="of timing for each candidate (default: 0.02)")
-    parser.add_argument("--minutes", type=float, default=60.0, help="stop by then and write what is complete")
+    parser.add_argument("--minutes", type=float, default=60.0, help="begin nothing after this")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     options = parser.parse_args(arguments)
     if options.device == "cpu" and not INTERPRETED:
@@ -164,15 +178,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.device == "cpu":
         content["dry_run"] = True
     print(json.dumps(content["made"]))
+    trial = out.with_name(f".{out.name}.trial")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write(trial, content)
+        trial.unlink()
+    except OSError as error:  # said now, not after minutes of measuring
+        parser.error(f"--out {out} cannot be written: {error.strerror}")
+
+    def keep_tiles(tiles: dict[TileKey, Blocks], evidence: list[dict[str, Any]]) -> None:
+        content["tiles"], content["measured"]["tiles"] = tiles_as_json(tiles), evidence
+        write(out, content)
+
+    def keep_forms(forms: dict[FormKey, Forms], evidence: list[dict[str, Any]]) -> None:
+        content["forms"], content["measured"]["forms"] = forms_as_json(forms), evidence
+        write(out, content)
+
     with side_stream() if options.device == "cuda" else nullcontext():
         content["measured"] = {"library": measure_library(run)}
         base = tables.table_of(device)
-        tiles, evidence = tune_tiles(run, base)
-        content["tiles"], content["measured"]["tiles"] = tiles_as_json(tiles), evidence
-        write(out, content)
-        forms, evidence = tune_forms(run, base.with_entries_of(Table(tiles, {})))
-        content["forms"], content["measured"]["forms"] = forms_as_json(forms), evidence
-        write(out, content)
+        tiles, evidence = tune_tiles(run, base, keep_tiles)
+        keep_tiles(tiles, evidence)
+        forms, evidence = tune_forms(run, base.with_entries_of(Table(tiles, {})), keep_forms)
+        keep_forms(forms, evidence)
     print(f"{len(tiles)} tiles and {len(forms)} forms in {out}")
     if options.device == "cuda":
         tables.read_table(out, gpu)
@@ -191,9 +219,10 @@ def plan(options: argparse.Namespace) -> Run:
         dtype = torch.float16  # the interpreter is wrong on bf16
         shapes, rows = tuple(options.shape) or ((24, 40), (40, 24)), (40,)
         candidates, tile_shapes = {kernel: c[:2] for kernel, c in candidates.items()}, shapes[:1]
+    now, limit = time.monotonic(), 60 * options.minutes
     return Run(
         options.device, dtype, shapes, tile_shapes, tuple(options.rows or rows), candidates,
-        options.seconds, time.monotonic() + 60 * options.minutes,
+        options.seconds, now + limit, now + TILES_SHARE * limit,
     )  # fmt: skip
 
 
@@ -237,7 +266,7 @@ def library_calls(problem: Problem) -> dict[str, Call]:
     }
 
 
-def tune_tiles(run: Run, base: Table) -> tuple[dict[TileKey, Blocks], list[dict[str, Any]]]:
+def tune_tiles(run: Run, base: Table, keep: Keep = forget) -> tuple[dict[TileKey, Blocks], list[dict[str, Any]]]:
     """The tile of smallest mean slowdown against the best of each shape, by kernel and bucket; and all times."""
     winners: dict[TileKey, Blocks] = {}
     evidence: list[dict[str, Any]] = []
@@ -247,7 +276,7 @@ def tune_tiles(run: Run, base: Table) -> tuple[dict[TileKey, Blocks], list[dict[
             key = (kernel, kind(run.dtype), row_bucket(rows))
             slowdowns: dict[Blocks, list[float]] = {}
             for K, O in run.tile_shapes:
-                if run.out_of_time:
+                if run.out_of_time_for_tiles:
                     print(f"out of time before {kernel} T={rows} {K}->{O}")
                     continue
                 times, record = time_candidates(run, kernel, rows, K, O, base.with_entries_of(Table(winners, {})))
@@ -258,6 +287,7 @@ def tune_tiles(run: Run, base: Table) -> tuple[dict[TileKey, Blocks], list[dict[
             if means:
                 winners[key] = min(means, key=lambda tile: means[tile])
                 print(f"{kernel} T={rows}: {winners[key]}, {means[winners[key]]:.3f} of the best on average")
+            keep(winners, evidence)
     return winners, evidence
 
 
@@ -272,12 +302,15 @@ def time_candidates(
     calls: dict[Blocks, Call] = {}
     for tile in run.candidates[kernel]:
         with using(table.with_entries_of(Table({(kernel, kind(run.dtype), row_bucket(rows)): tile}, {}))):
-            reason = unfit(kernel, tile, run) or _try(part, expected, run.dtype)
+            reason = unfit(kernel, tile, run)
             if reason is None:
-                calls[tile] = run.ready(part.launch)
-            else:
-                refused[_name(tile)] = reason
-                print(f"    {kernel} {_name(tile)}: {reason}")
+                checked = _checked(run, part.launch, part.results, expected)
+                if not isinstance(checked, str):
+                    calls[tile] = checked
+                    continue
+                reason = checked
+            refused[_name(tile)] = reason
+            print(f"    {kernel} {_name(tile)}: {reason}")
     del expected
     times = run.time(calls)
     if times:
@@ -313,12 +346,15 @@ def shared_floor(kernel: str, tile: Blocks, itemsize: int, narrow: int = LAYOUT.
     return (tile.stages - 1) * operands * itemsize
 
 
-def _try(part: Part, expected: dict[str, Tensor], dtype: torch.dtype) -> str | None:
+def _checked(
+    run: Run, call: Callable[[], Any], results: Callable[[Any], dict[str, Tensor]], expected: dict[str, Tensor]
+) -> Call | str:
+    """The call, ready to be timed, or why it gets no time: whatever a compiler or a capture raises, others go on."""
     try:
-        return red(part.results(part.launch()), expected, dtype)
+        return red(results(call()), expected, run.dtype) or run.ready(call)
     except triton.runtime.errors.OutOfResources as error:
         return f"needs {error.required} of {error.name}, the chip has {error.limit}"
-    except (triton.CompilationError, RuntimeError) as error:  # a compiler that gives up on one tile has others to try
+    except Exception as error:  # ptxas's and Triton's own have no base in common with torch's
         return f"{type(error).__name__}: {str(error)[:160]}"
 
 
@@ -366,7 +402,7 @@ def parts(problem: Problem, expected: dict[str, Tensor]) -> dict[str, Part]:
     }
 
 
-def tune_forms(run: Run, table: Table) -> tuple[dict[FormKey, Forms], list[dict[str, Any]]]:
+def tune_forms(run: Run, table: Table, keep: Keep = forget) -> tuple[dict[FormKey, Forms], list[dict[str, Any]]]:
     """The fastest right way to go forward and back, by dtype, K, O and bucket; and all times."""
     winners: dict[FormKey, Forms] = {}
     evidence: list[dict[str, Any]] = []
@@ -380,18 +416,19 @@ def tune_forms(run: Run, table: Table) -> tuple[dict[FormKey, Forms], list[dict[
         calls: dict[str, Call] = {}
         with using(table):
             for name, step in steps(problem).items():
-                reason = red(step(), expected, run.dtype)
-                if reason is None:
-                    calls[name] = run.ready(step)
+                checked = _checked(run, step, lambda made: made, expected)
+                if isinstance(checked, str):
+                    refused[name] = checked
+                    print(f"    {name} T={rows} {K}->{O}: {checked}")
                 else:
-                    refused[name] = reason
-                    print(f"    {name} T={rows} {K}->{O}: {reason}")
+                    calls[name] = checked
             del expected
             times = run.time(calls)
         winners[run.dtype, K, O, row_bucket(rows)] = winner = fastest({name: t[0] for name, t in times.items()})
         evidence.append({"K": K, "O": O, "rows": rows, "microseconds": times, "refused": refused})
         cells = ", ".join(f"{name} {t[0]:.1f}" for name, t in times.items())
         print(f"T={rows} {K}->{O}: {winner}; microseconds: {cells}")
+        keep(winners, evidence)
     return winners, evidence
 
 
@@ -484,7 +521,7 @@ def forms_as_json(forms: dict[FormKey, Forms]) -> list[dict[str, Any]]:
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
-    """One entry a line, so that two tables can be compared."""
+    """One entry a line, so that two tables can be compared; the old file, or the new one, and never half of one."""
     lines = []
     for name, value in content.items():
         if isinstance(value, list):
@@ -492,7 +529,9 @@ def write(path: Path, content: dict[str, Any]) -> None:
             lines.append(f"  {json.dumps(name)}: [\n{entries}\n  ]")
         else:
             lines.append(f"  {json.dumps(name)}: {json.dumps(value)}")
-    path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    os.replace(unfinished, path)
 
 
 def _name(tile: Blocks) -> str:

@@ -61,6 +61,19 @@ def test_measures_everything(bench: ModuleType, whole: tuple[dict, Path]) -> Non
     assert "times mean nothing" in setup["gpu"]
 
 
+def test_names_the_table_that_it_measured_with(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MOR_KERNELS_TABLE", raising=False)
+    assert bench.table_in_use("a card without a table") is None
+    table = tmp_path / "mine.json"
+    monkeypatch.setenv("MOR_KERNELS_TABLE", str(table))
+    table.write_text("{}")
+    one = bench.table_in_use("any")
+    table.write_text("{} ")
+    assert one.startswith("mine.json ") and bench.table_in_use("any") != one
+
+
 def test_draws_what_it_measured(whole: tuple[dict, Path]) -> None:
     _, path = whole
     assert path.with_suffix(".png").stat().st_size > 10_000
@@ -154,6 +167,59 @@ def test_out_of_time_begins_no_further_linear(bench: ModuleType, capsys: pytest.
     assert "out of time before tiny fc1 T=40" in capsys.readouterr().err
 
 
+def test_what_the_goals_are_about_is_measured_first(bench: ModuleType) -> None:
+    options = Namespace(blocks=["ViT-B", "ViT-L"], modes=list(bench.MODES), rows=list(bench.ROWS))
+    order = list(bench.plan(options))
+    aim = ["forward_backward"]
+    assert [(block, modes, rows) for block, modes, rows, _ in order[:16:4]] == [
+        ("ViT-B", aim, 65536), ("ViT-B", aim, 12608), ("ViT-B", aim, 1576), ("ViT-B", aim, 6288)
+    ]  # fmt: skip
+    assert {block for block, *_ in order[:32]} == {"ViT-B"} and len(order) == 64
+    assert {(b, r, linear, m) for b, modes, r, linear in order for m in modes} == {
+        (b, r, linear, m)
+        for b in options.blocks
+        for r in options.rows
+        for linear in bench.BLOCKS[b]
+        for m in bench.MODES
+    }
+    options.modes = ["forward"]
+    assert {tuple(modes) for _, modes, _, _ in bench.plan(options)} == {("forward",)}
+
+
+def test_a_run_that_is_killed_leaves_what_it_had_measured(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    right, cells = bench.measure_cell, []
+
+    def killed(*arguments: object) -> None:
+        cells.append(arguments)
+        if len(cells) == 2:
+            raise KeyboardInterrupt
+        right(*arguments)
+
+    monkeypatch.setattr(bench, "measure_cell", killed)
+    with pytest.raises(KeyboardInterrupt):
+        bench.main(narrow("--providers", "concat", "--out", str(tmp_path)))
+    (path,) = tmp_path.iterdir()
+    (linear,) = json.loads(path.read_text())["linears"]
+    assert linear["times"]["no_grad_forward, eager"].keys() == {"frozen", "concat"}
+
+
+def test_errors_are_found_once(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked, check = [], bench.check
+
+    def noting(*arguments: object) -> dict:
+        checked.append(arguments)
+        return check(*arguments)
+
+    monkeypatch.setattr(bench, "check", noting)
+    modes = ["no_grad_forward", "forward_backward"]  # which are measured one after the other
+    result = bench.main([*TINY, "--modes", *modes, "--providers", "concat"])
+    assert len(checked) == len(result["linears"]) == 2
+    for linear in result["linears"]:
+        assert linear["times"].keys() == {f"{mode}, eager" for mode in modes}
+
+
 def perfect(bench: ModuleType, ratio: dict[str, float], error: float = 0.9, compiled: int | None = 0) -> dict:
     """A result in which every ViT-B linear took `ratio` times the frozen one's 10 us."""
     times = {
@@ -170,7 +236,7 @@ def perfect(bench: ModuleType, ratio: dict[str, float], error: float = 0.9, comp
             "same_bits": dict.fromkeys(bench.REPEATABLE, True),
         }
         for linear in bench.BLOCKS["ViT-B"]
-        for rows in bench.ROWS
+        for rows in sorted(bench.ROWS)
     ]  # fmt: skip
     result = {"linears": linears, "compilations_when_rows_vary": compiled}
     bench.summarise(result)
@@ -201,7 +267,7 @@ def test_what_was_not_measured_is_no_pass(bench: ModuleType) -> None:
         ["PASS"] * 3 + ["NOT MEASURED"] * 5 + ["PASS"] * 2 + ["NOT MEASURED"]
     )
     missing = perfect(bench, FAST)
-    missing["linears"].pop()  # fc2 at 65,536 rows
+    missing["linears"].pop()  # fc2 at 65,536 rows, the largest
     bench.summarise(missing)
     assert [v == "PASS" for v in verdicts(missing)] == [
         False,

@@ -100,10 +100,13 @@ def graphed(function: Callable[[], dict[str, Tensor]]) -> tuple[dict[str, Tensor
     return results, graph.replay
 
 
-def check_rule(shape: str, rows: int, dtype: torch.dtype, parameters: torch.dtype | None = None) -> None:
+def check_rule(
+    shape: str, rows: int, dtype: torch.dtype, parameters: torch.dtype | None = None, floor: float = 0.0
+) -> None:
     """Frobenius error at most 1.25 times eager's, largest error at most twice eager's, tensor by tensor.
 
     As a root mean square over draws: the gradient of the router's bias is four numbers, and one draw mostly luck.
+    Errors are relative, the largest to the largest number; below `floor` they may be what they like.
     """
     rows, (K, O), dtype = rows_of(rows), shape_of(shape), dtype_of(dtype)
     runs = {"eager": (eager, {}), **{form: (mor_kernels.mor_linear, {"form": form}) for form in FORMS}}
@@ -115,13 +118,16 @@ def check_rule(shape: str, rows: int, dtype: torch.dtype, parameters: torch.dtyp
         for run, (function, options) in runs.items():
             for name, got in everything(function, tensors, dy, **options).items():
                 off = got.double() - expected[name]
-                square[run][name] += float(off.square().sum() / expected[name].square().sum())
-                largest[run][name] = max(largest[run][name], float(off.abs().max()))
+                square[run][name] += float(off.square().sum() / expected[name].square().sum()) / DRAWS
+                # NaN is greater than nothing, so it would be lost in a maximum.
+                worst = (off.abs().max() / expected[name].abs().max()).nan_to_num(nan=torch.inf)
+                largest[run][name] = max(largest[run][name], float(worst))
     for form in FORMS:
-        ratios = {name: (square[form][name] / square["eager"][name]) ** 0.5 for name in NAMES}
-        # Written so that NaN fails, too.
-        assert all(ratio <= 1.25 for ratio in ratios.values()), (form, ratios)
-        assert all(largest[form][name] <= 2.0 * largest["eager"][name] for name in NAMES), (form, largest)
+        for name in NAMES:
+            ours, theirs = square[form][name] ** 0.5, square["eager"][name] ** 0.5
+            assert ours <= max(1.25 * theirs, floor), (form, name, ours, theirs)  # so that NaN fails, too
+            ours, theirs = largest[form][name], largest["eager"][name]
+            assert ours <= max(2.0 * theirs, floor), (form, name, ours, theirs)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -159,7 +165,9 @@ def tf32() -> Iterator[None]:
 def test_error_in_tf32(shape, tf32):
     if REHEARSAL:
         pytest.skip("the interpreter computes tf32 as plain fp32, and so does the CPU")
-    check_rule(shape, 1576, torch.float32)
+    # Triton cuts operands to tf32's ten bits, up to 1e-3 each; the library may round them, or not use tf32 where ranks
+    # are narrow.
+    check_rule(shape, 1576, torch.float32, floor=2e-3)
 
 
 @pytest.mark.parametrize("shape", ["fc1", "proj"])

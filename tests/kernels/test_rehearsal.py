@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -23,3 +24,11 @@ def test_every_test_for_a_card_runs_through():
     assert done.returncode == 0, done.stdout[-4000:]
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed and int(passed[1]) > 60, done.stdout[-500:]
+
+
+def test_what_cublas_says_of_its_context_is_no_error():
+    """Torch warns once when a backward on a card begins with a matrix product; any other warning is an error here."""
+    known = "Attempting to run cuBLAS, but there was no current CUDA context! Attempting to set the primary context..."
+    warnings.warn(known, UserWarning, stacklevel=2)
+    with pytest.raises(UserWarning):
+        warnings.warn("anything else", UserWarning, stacklevel=2)

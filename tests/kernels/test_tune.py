@@ -97,6 +97,7 @@ def small_run(device: str, **changes) -> tune.Run:
     settings = {
         "device": device, "dtype": torch.float32, "shapes": ((24, 40),), "tile_shapes": ((24, 40),), "rows": (40,),
         "candidates": {"shrink": [Blocks(16, 16), Blocks(32, 16)]}, "seconds": 0.0, "until": float("inf"),
+        "tiles_until": float("inf"),
     }  # fmt: skip
     return tune.Run(**settings | changes)
 
@@ -132,6 +133,75 @@ def test_a_wrong_form_gets_no_time_and_cannot_win(device, monkeypatch):
     assert all(forms.backward == "branch" for forms in winners.values())
 
 
+class CompilerError(Exception):
+    """With no base in common with torch's errors, as those of ptxas."""
+
+
+def test_what_a_compiler_gives_up_on_leaves_the_others_their_times(device, monkeypatch):
+    if device == "cuda":
+        pytest.skip("captures no graph outside a side stream")
+    shrink, backward = tune.shrink, tune.linear_backward
+    base = tables.table_of(torch.device(device))
+
+    def broken_with_16_rows(x, *rest):
+        if tables.choose("shrink", x).rows == 16:
+            raise CompilerError("ran out of registers")
+        return shrink(x, *rest)
+
+    def broken_tail(*arguments):
+        if arguments[-3] == "tail":
+            raise CompilerError("ran out of registers")
+        return backward(*arguments)
+
+    monkeypatch.setattr(tune, "shrink", broken_with_16_rows)
+    monkeypatch.setattr(tune, "linear_backward", broken_tail)
+    times, record = tune.time_candidates(small_run(device), "shrink", 40, 24, 40, base)
+    assert list(times) == [Blocks(32, 16)]
+    assert record["refused"] == {"16 x 16, 4 warps, 3 stages": "CompilerError: ran out of registers"}
+    _, (record,) = tune.tune_forms(small_run(device), base)
+    assert record["microseconds"].keys() == {"branch branch", "tail branch", "library"}
+    assert record["refused"].keys() == {"branch tail", "tail tail"}
+
+
+@pytest.mark.parametrize("when", ["tiles", "forms"])
+def test_a_run_that_is_killed_leaves_what_it_had_measured(when, device, tmp_path, monkeypatch):
+    if device == "cuda":
+        pytest.skip("needs the interpreter")
+    out = tmp_path / "new" / "table.json"
+    name = {"tiles": "time_candidates", "forms": "steps"}[when]
+    right, calls = getattr(tune, name), []
+
+    def killed(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return right(*arguments)
+
+    monkeypatch.setattr(tune, name, killed)
+    monkeypatch.setattr(tune, "CANDIDATES", {kernel: tiles[:1] for kernel, tiles in tune.CANDIDATES.items()})
+    with pytest.raises(KeyboardInterrupt):
+        tune.main([*ARGUMENTS, "--out", str(out)])
+    content = json.loads(out.read_text())
+    assert len(content[when]) == len(content["measured"][when]) == 1
+    assert [path.name for path in out.parent.iterdir()] == ["table.json"]
+
+
+def test_tiles_leave_some_time_for_forms(device):
+    run = small_run(device, tiles_until=float("-inf"))
+    assert tune.tune_tiles(run, Table({}, {})) == ({}, [])
+    assert not run.out_of_time
+
+
+def test_a_file_that_cannot_be_written_is_known_before_anything_is_measured(device, tmp_path, capsys):
+    if device == "cuda":
+        pytest.skip("needs the interpreter")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit):
+        tune.main([*ARGUMENTS, "--out", str(tmp_path / "file" / "table.json")])
+    printed = capsys.readouterr()
+    assert "table.json cannot be written: " in printed.err and "beta" not in printed.out
+
+
 def test_the_safe_form_stays_unless_another_is_clearly_faster():
     branch, tail = {"branch branch": 100.0}, {"tail tail": 99.0}
     assert tune.fastest(branch | tail | {"library": 99.0}) == ("branch", "branch", False)
@@ -141,7 +211,7 @@ def test_the_safe_form_stays_unless_another_is_clearly_faster():
 
 
 def test_time_that_is_up_leaves_what_is_complete(device):
-    run = small_run(device, until=float("-inf"))
+    run = small_run(device, until=float("-inf"), tiles_until=float("-inf"))
     assert tune.tune_tiles(run, Table({}, {})) == ({}, [])
     assert tune.tune_forms(run, Table({}, {})) == ({}, [])
 
