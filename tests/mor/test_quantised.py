@@ -41,7 +41,7 @@ def of_torchao(config: str, base: nn.Linear) -> nn.Linear:
 
 
 def of_bitsandbytes(kind: str, settings: dict[str, object], base: nn.Linear) -> nn.Linear:
-    bitsandbytes = pytest.importorskip("bitsandbytes", minversion="0.49")
+    bitsandbytes = pytest.importorskip("bitsandbytes", minversion="0.50")
     layer = getattr(bitsandbytes.nn, kind)(base.in_features, base.out_features, **settings)
     layer.load_state_dict(base.state_dict())
     layer.to("cpu")  # it is this that quantises
