@@ -133,9 +133,16 @@ def tensors_to_save(model: nn.Module, extra: str | Sequence[str]) -> tuple[list[
     saved = [*adapter, *extra_names]
     if any(state[name].is_meta for name in saved):
         raise ValueError("model must hold its weights to be saved, but it is on the meta device")
+    if quantised := [name for name in saved if _is_quantised(state[name])]:
+        raise ValueError(f"extra must name plain tensors, but these are quantised: {_few(quantised)}; leave them out")
     if left_out := sorted(set(trainable_parameters(model)) - set(saved)):
         warnings.warn(f"trainable but not saved: {_few(left_out)}; name them with extra=", stacklevel=3)
     return extra_names, {name: portable(state[name]) for name in saved}
+
+
+def _is_quantised(tensor: Tensor) -> bool:
+    """Whether it is made of several tensors (torchao's are), for which the file has no place; sharded ones are not."""
+    return hasattr(tensor, "__tensor_flatten__") and not hasattr(tensor, "full_tensor")
 
 
 def portable(tensor: Tensor) -> Tensor:

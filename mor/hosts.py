@@ -78,6 +78,13 @@ class BorrowedLinear(nn.Linear):
         self.out_features, self.in_features = getattr(owner, weight).shape
         self.train(owner.training)
 
+    def _replicate_for_data_parallel(self) -> Any:
+        # torch tells no replica which one its parent is, so it would compute with the original's parameters.
+        raise ValueError(
+            f"nn.DataParallel cannot copy an attention that was made to call its layers ({self._names[0]}); use"
+            " torch.nn.parallel.DistributedDataParallel, one process for each device"
+        )
+
     @property
     def weight(self) -> Any:  # type: ignore[override]
         return getattr(self._owner[0], self._names[0])

@@ -384,7 +384,10 @@ def _parameters_restored(model: nn.Module) -> Iterator[None]:
 
 
 def _is_zero(parameter: Tensor) -> bool:
-    return parameter.is_floating_point() and parameter.numel() > 0 and not parameter.any()
+    try:
+        return parameter.is_floating_point() and parameter.numel() > 0 and not parameter.any()
+    except NotImplementedError:  # torchao's, which can do little but be multiplied with
+        return False
 
 
 @contextmanager

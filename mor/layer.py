@@ -11,6 +11,8 @@ from mor.config import MoRConfig
 from mor.functional import BACKENDS, choose_backend, mor_branch, mor_gates, mor_linear
 from mor.wrappers import original
 
+PLAIN = (Tensor, nn.Parameter)
+
 
 class MoRLinear(nn.Module):
     """``base`` plus experts of several ranks, weighted per token by a router.
@@ -18,7 +20,7 @@ class MoRLinear(nn.Module):
     The layer starts out as ``base`` exactly, because B is zero. ``base`` itself is kept (the same object) and
     frozen. Adapter parameters are created beside it, see :func:`new_adapter`. A base with a forward of its own, or a
     weight that is no plain matrix of floats (quantised ones: bitsandbytes, torchao), is called, and the experts' part
-    added to what it gives.
+    added to what it gives. Who quantises after injecting leaves the router alone: it is a linear layer, too.
 
     Attributes:
         base: The original layer.
@@ -68,10 +70,12 @@ class MoRLinear(nn.Module):
         experts, settings = call_arguments(
             input, self.mor_A, self.mor_B, self.mor_router, self.config, training=self.training
         )
-        if self._calls_base:
+        # Read once, because that may change buffers; looked at each time, because it may have been quantised meanwhile.
+        weight = None if self._calls_base else self.base.weight
+        if weight is None or type(weight) not in PLAIN:
             y = self.base(input)
             return y + mor_branch(input, *experts, **settings).to(y.dtype)
-        return mor_linear(input, self.base.weight, self.base.bias, *experts, **settings, backend=self._backend)
+        return mor_linear(input, weight, self.base.bias, *experts, **settings, backend=self._backend)
 
     def gates(self, x: Tensor) -> Tensor | None:
         """Weights of the experts, then of the bypass: (..., K) -> (..., G), fp32 or wider; None without a router."""
@@ -123,7 +127,7 @@ class MoRLinear(nn.Module):
             f"bypass={config.bypass}",
             f"backend={backend}",
         ]
-        if self._calls_base:
+        if self._calls_base or type(weight) not in PLAIN:
             parts.append("base is called")
         if config.dropout:
             parts.append(f"dropout={config.dropout}")
@@ -189,7 +193,7 @@ def is_plain(base: Any) -> bool:
     """Whether ``base`` does nothing but W x + b, with a matrix that can be used in its place."""
     if type(base).forward is not nn.Linear.forward or "weight" in getattr(base, "parametrizations", ()):
         return False
-    return type(base.weight) in (Tensor, nn.Parameter) and base.weight.is_floating_point()
+    return type(base.weight) in PLAIN and base.weight.is_floating_point()
 
 
 def stored_weight(base: nn.Linear) -> Tensor:

@@ -181,8 +181,7 @@ class MorLinear(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: MorConfig) -> None:
         """Add an adapter, or begin one anew."""
-        device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
-        dtype = dtype or torch.float32
+        device, dtype = _device_and_dtype(self.get_base_layer())
         A, B, router = new_adapter(config.mor, self.in_features, self.out_features, dtype=dtype, device=device)
         if not config.init_weights:
             nn.init.kaiming_uniform_(B)
@@ -564,7 +563,8 @@ def _match(
         rule = SimpleNamespace(
             target_modules=[name.rpartition(".")[2]], layers_to_transform=layers, layers_pattern=layers_pattern
         )
-        return bool(check_target_module_exists(rule, name))
+        # peft before 0.21 looks for the pattern behind a dot only, so not at the beginning of a name.
+        return bool(check_target_module_exists(rule, f".{name}" if layers_pattern else name))
 
     def matching(target: str) -> set[str]:
         if target in names:
@@ -606,6 +606,13 @@ def _is_saved(name: str, config: MorConfig) -> bool:
 def _is_linear(module: nn.Module) -> bool:
     # Quantised layers need not be nn.Linear, and are called, not looked into.
     return hasattr(module, "in_features") and hasattr(module, "out_features")
+
+
+def _device_and_dtype(base: Any) -> tuple[torch.device | None, torch.dtype]:
+    """Of what the layer keeps for a weight, if anything; some quantised layers (GPTQ) call it qweight."""
+    weight = getattr(base, "weight", None)
+    weight = getattr(base, "qweight", None) if weight is None else weight
+    return (None, torch.float32) if weight is None else (weight.device, weight.dtype)
 
 
 def _is_uninitialised(module: nn.Module) -> bool:

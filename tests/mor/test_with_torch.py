@@ -1,6 +1,7 @@
 """Injected models under what torch and its users do to models: sharing, copying, checkpointing, exporting, sharding."""
 
 import copy
+import importlib
 import io
 import subprocess
 import sys
@@ -223,3 +224,44 @@ def test_two_processes_train_as_one(how, model):
     command = [sys.executable, "-W", "ignore", str(HERE / "two_processes.py"), how, model]
     result = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert result.returncode == 0 and "same as one process" in result.stdout, result.stderr[-3000:]
+
+
+@pytest.fixture
+def replicas(monkeypatch):
+    """What nn.DataParallel makes of a model for two devices, but for the devices."""
+
+    def copies(tensors, devices, detach=False):
+        return [[tensor.clone() for tensor in tensors] for _ in devices]
+
+    functions = importlib.import_module("torch.nn.parallel.replicate")
+    monkeypatch.setattr(functions, "_broadcast_coalesced_reshape", copies)
+    monkeypatch.setattr(functions, "_get_device_index", lambda device, *_: device)
+    return lambda model: functions.replicate(model, [0, 1])
+
+
+@pytest.mark.parametrize("with_peft", [False, True], ids=["mor", "peft"])
+def test_replicas_of_data_parallel_compute_with_their_own_parameters(vit, images, replicas, with_peft):
+    if with_peft:
+        peft = pytest.importorskip("peft")
+        from mor.peft_plugin import MorConfig
+
+        model = peft.get_peft_model(vit, MorConfig(target_modules=["qkv", "fc"]))
+    else:
+        model = inject(vit, ["qkv", "fc"])
+    perturb(model)
+    output = model(images)
+    first, second = replicas(model)
+    (first(images) + second(images)).sum().backward()
+    assert all(parameter.grad.any() for parameter in trainable_parameters(model).values())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(first(images), output) and torch.equal(second(images), output)
+
+
+@pytest.mark.parametrize("target", ["self_attn.in_proj", "self_attn.out_proj"])
+def test_data_parallel_is_refused_where_replicas_would_share_parameters(replicas, target):
+    model = inject(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), target)
+    with pytest.raises(ValueError, match="nn.DataParallel cannot copy an attention .* use .*DistributedDataParallel"):
+        replicas(model)
+    replicas(eject(model))

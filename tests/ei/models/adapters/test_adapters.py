@@ -109,7 +109,9 @@ def test_what_was_learned_fits_another_fork(trunk: Backbone, adapter: str) -> No
 def test_training_in_bf16_computes_what_evaluation_does(trunk: Backbone, adapter: str) -> None:
     """Training holds frozen weights in bf16; what rescales or decomposes them must do so before they are rounded."""
     if adapter.startswith("peft:"):
-        pytest.importorskip("peft")
+        peft = pytest.importorskip("peft")
+        if adapter.removeprefix("peft:").upper() not in peft.PeftType.__members__:
+            pytest.skip(f"peft {peft.__version__} does not have it yet")
     backbone = adapted(trunk, settings_of(adapter))
     stir(backbone)
     images = torch.randn(2, 3, 8, 8)
