@@ -341,10 +341,15 @@ def _candidates(model: nn.Module, part_of: Mapping[str, str | None], target: str
         found = dict.fromkeys("+".join(PACKED.get(part, (part,))) for part in part_of.values() if part)
         blocks = f"its blocks have {', '.join(found)}" if found else NO_BLOCKS
         known = f"{known} ({blocks}){_convolutions(model, target)}"
-        examples = dict.fromkeys(f"*.{name.rpartition('.')[2]}" if "." in name else name for name in part_of)
+        examples = dict.fromkeys(_pattern(name) for name in part_of)
         patterns = ", ".join(f"'{pattern}'" for pattern in list(examples)[:3])
         return f"it is a role, for transformer blocks; elsewhere patterns fit, such as {patterns}; {known}"
     return known
+
+
+def _pattern(name: str) -> str:
+    """One that matches a layer, and is no role."""
+    return f"*.{name.rpartition('.')[2]}" if "." in name else f"*{name}" if name in ROLES else name
 
 
 def _convolutions(model: nn.Module, target: str) -> str:

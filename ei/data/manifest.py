@@ -343,7 +343,8 @@ def _check_header(number: int, header: list[str], needed: list[str], problems: _
     for column in needed:
         if column not in header:
             found = ", ".join(filter(None, header))
-            problems.add(number, f"column {column!r} is missing; the file has {found}")
+            hint = "; --labels names another" if (column,) == DataConfig.labels else ""
+            problems.add(number, f"column {column!r} is missing; the file has {found}{hint}")
     for column in _repeated(header):
         if column in (*needed, "patient"):
             problems.add(number, f"column {column!r} is there twice")
@@ -535,7 +536,7 @@ def _objection(name: str, place: str, root: str | None) -> str:
     if root is None:
         return ""
     if name.startswith("/") or PureWindowsPath(name).is_absolute():
-        return "is an absolute path; write it relative to the manifest, or set allow_outside"
+        return "is an absolute path; write it relative to the manifest, or pass --allow-outside"
     if not Path(place).is_relative_to(root):
         return "leads out of the manifest's folder; this needs --allow-outside"
     return ""

@@ -40,6 +40,7 @@ from mor.files import write_atomically
 FORMAT = "ei-prediction-1"
 _MOST_PIECES = 1000
 """Enough that little is lost and work can be shared, and so few that writing them takes no time."""
+_LONGEST_TITLE = 1_000_000
 _PATHS = {"data": {"manifest"}, "model": {"weights", "aux_weights"}, "train": {"stage1_from"}}
 """Settings that are other on another machine; what they lead to is hashed, or compared when the run is loaded."""
 
@@ -62,11 +63,13 @@ def predict(run: str | Path, manifest: str | Path, out: str | Path, shard: str =
         Whether the CSV was written; if not, other shards have still to come.
 
     Raises:
-        ValueError: the run, the manifest or ``shard`` cannot be used.
+        ValueError: the run, the manifest or ``shard`` cannot be used; or ``out`` is a file that is no earlier table of
+            predictions.
     """
     out = Path(out)
     if out.is_dir() or out.resolve() == Path(manifest).resolve():
         raise ValueError(f"out must be a file of its own, got {out}")
+    _require_replaceable(out)
     require_usable(_parts(out))
     share = Shard.parse(shard) if shard else None
     model, config = load(run)
@@ -100,6 +103,16 @@ def predict(run: str | Path, manifest: str | Path, out: str | Path, shard: str =
         return pieces.finish(share)
     processes.gathered(None)  # all are through
     return processes.first(pieces.finish)
+
+
+def _require_replaceable(out: Path) -> None:
+    """Refuse to write over a file that is neither empty nor a table of predictions: a manifest, or an image."""
+    if not out.is_file() or not out.stat().st_size:
+        return
+    with out.open(newline="", encoding="utf-8", errors="replace") as file:
+        title = next(csv.reader([file.readline(_LONGEST_TITLE)]), [])
+    if title[:4] != ["id", "patient", "split", "label"] or not title[4:] or not title[4].startswith("fused:"):
+        raise ValueError(f"{out} is there and holds no predictions; remove it or choose another --out")
 
 
 def _parts(out: Path) -> Path:

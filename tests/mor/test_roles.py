@@ -200,9 +200,10 @@ def test_a_target_that_matches_nothing(vit, call, message):
 
 def test_a_role_outside_of_blocks_says_so():
     model = nn.ModuleDict({"fc": nn.Linear(2, 2), "tower": nn.ModuleDict({"key": nn.Linear(2, 2)})})
-    message = r"it is a role, .* such as 'fc', '\*.key'; .* blocks are elements of an nn.ModuleList or nn.Sequential"
+    message = r"it is a role, .* such as '\*fc', '\*.key'; .* blocks are elements of an nn.ModuleList or nn.Sequential"
     with pytest.raises(ValueError, match=message):
         resolve(model, ["qkv"])
+    assert resolve(model, ["*fc"]) == ["fc"]
     assert resolve(model, ["*.key"]) == ["tower.key"]
 
 

@@ -659,6 +659,24 @@ def test_folds_of_which_some_have_no_test_rows(folds: list[Path], study_config: 
         make_plan(config, ["ei"], seeds=1, out=tmp_path / "out")
 
 
+@pytest.mark.parametrize("file", ["config.yaml", "thesis/chapter.txt", "ei/notes.txt"])
+def test_a_folder_of_something_else(file: str, manifest: Path, study_config: Any, tmp_path: Path) -> None:
+    mine = tmp_path / "out" / file
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    with pytest.raises(ValueError, match="out is neither a comparison nor an empty folder; choose another with --out$"):
+        compare(study_config(manifest), ["ei"], tmp_path / "out", seeds=1)
+    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == [mine]
+
+
+@pytest.mark.parametrize("left", [".lock", "ei", "ei/seed-0", "ei/fold1/seed-0"])
+def test_what_a_comparison_leaves_that_was_killed_early(
+    left: str, manifest: Path, study_config: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "out" / left).mkdir(parents=True)
+    assert make_plan(study_config(manifest), ["ei"], seeds=1, out=tmp_path / "out").cells[0].state == "to do"
+
+
 @pytest.mark.parametrize("method", ["ei", "uni:cfp"])
 def test_a_cell_whose_folder_is_a_file(method: str, manifest: Path, study_config: Any, tmp_path: Path) -> None:
     path = tmp_path / "out" / method.replace(":", "+") / "seed-0"

@@ -203,6 +203,13 @@ def test_a_link_within_the_folder_is_followed(folder: Path) -> None:
             id="missing column",
         ),
         pytest.param(
+            GOOD.replace("label", "diagnosis"),
+            [
+                "row 1: column 'label' is missing; the file has id, split, diagnosis, cfp, oct; --labels names another"
+            ],
+            id="labels of another name",
+        ),
+        pytest.param(
             "id,split,label,cfp,oct,cfp\na,train,x,a.png,a.png,b.png\nb,train,y,a.png,a.png,b.png\n",
             ["row 1: column 'cfp' is there twice"],
             id="duplicate column",
@@ -370,9 +377,9 @@ def test_an_empty_patient_is_not_replaced_by_the_id(folder: Path) -> None:
         ("sub/../../outside.png", "leads out of the manifest's folder; this needs --allow-outside"),
         ("link.png", "leads out of the manifest's folder; this needs --allow-outside"),
         ("linked/outside.png", "leads out of the manifest's folder; this needs --allow-outside"),
-        ("/etc/passwd", "is an absolute path; write it relative to the manifest, or set allow_outside"),
-        ("C:\\images\\a.png", "is an absolute path; write it relative to the manifest, or set allow_outside"),
-        ("\\\\server\\share\\a.png", "is an absolute path; write it relative to the manifest, or set allow_outside"),
+        ("/etc/passwd", "is an absolute path; write it relative to the manifest, or pass --allow-outside"),
+        ("C:\\images\\a.png", "is an absolute path; write it relative to the manifest, or pass --allow-outside"),
+        ("\\\\server\\share\\a.png", "is an absolute path; write it relative to the manifest, or pass --allow-outside"),
         ("file:///etc/passwd", "is an address; write the path of a file, relative to the manifest"),
         ("https://example.org/a.png", "is an address; write the path of a file, relative to the manifest"),
     ],
@@ -479,7 +486,7 @@ e,test,q,../outside.png,w
         "row 4: label is empty",
         "row 4: id 'a' is already that of row 2",
         "row 4: patient 'p' is in 2 splits: train (row 2), val (row 4)",
-        "row 4: cfp: '/a.png' is an absolute path; write it relative to the manifest, or set allow_outside",
+        "row 4: cfp: '/a.png' is an absolute path; write it relative to the manifest, or pass --allow-outside",
         "row 5: has 2 cells, but the header has 5",
         "row 6: label must be x or y, got 'w'",
         "row 6: cfp: '../outside.png' leads out of the manifest's folder; this needs --allow-outside",

@@ -108,6 +108,26 @@ def test_predictions_never_replace_their_manifest(run):
     assert manifest.read_bytes() == before
 
 
+@pytest.mark.parametrize("name", ["other.csv", "image.png"])
+def test_predictions_never_replace_a_file_of_another_kind(run, tmp_path, name):
+    contents = {"other.csv": b"id,patient,split,label,cfp,oct\n", "image.png": b"\x89PNG\r\n\x1a\n\0,\xff"}
+    out = tmp_path / name
+    out.write_bytes(contents[name])
+    with pytest.raises(
+        ValueError, match=f"{name} is there and holds no predictions; remove it or choose another --out"
+    ):
+        predict(run, run.parent / "study/manifest.csv", out)
+    assert out.read_bytes() == contents[name] and not (tmp_path / f"{name}.parts").exists()
+
+
+def test_predictions_replace_earlier_ones(run, tmp_path):
+    out = tmp_path / "out.csv"
+    out.touch()
+    for _ in range(2):
+        assert predict(run, run.parent / "study/manifest.csv", out)
+    assert len(read_table(out)) == len(read_table(run.parent / "study/manifest.csv"))
+
+
 # Pieces
 
 
