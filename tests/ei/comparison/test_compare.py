@@ -450,6 +450,20 @@ def test_a_folder_that_was_moved(
     assert content["methods"][1]["cost"]["seconds"] == sum(note["seconds"] for note in notes)
 
 
+def test_a_first_stage_from_elsewhere_is_not_mistaken_for_one_of_this_folder(
+    manifest: Path, study_config: Any, tmp_path: Path, pretended: list[Path]
+) -> None:
+    """Its path ends as one of this comparison's does."""
+    config = study_config(manifest)
+    compare(config, ["ei"], tmp_path / "elsewhere", seeds=1)
+    source = str(tmp_path / "elsewhere" / "ei" / "seed-0")
+    (cell,) = make_plan(config, ["ei"], seeds=1, out=tmp_path / "out").cells
+    cell.folder.mkdir(parents=True)
+    cell.taking_stage1(source).save(cell.folder / "config.yaml")
+    cell.follow_moved_folder()
+    assert cell.begun.train.stage1_from == source
+
+
 def test_one_modality_of_several_adapters(
     manifest: Path, study_config: Any, tmp_path: Path, pretended: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
