@@ -28,6 +28,7 @@ from mor_kernels.weight_grad import sum_partials, x_partials
 
 MAX_COLUMNS = 64  # sum of ranks + router outputs
 FORMS = ("auto", *FUSED_FORMS)
+PLAIN = (Tensor, nn.Parameter)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -215,8 +216,7 @@ def _watched(tensors: Sequence[Tensor | None]) -> bool:
         or torch.jit.is_tracing()
         or _get_current_dispatch_mode() is not None
         or torch._C._are_functorch_transforms_active()
-        or any(t is not None and type(t) is not Tensor and type(t) is not nn.Parameter for t in tensors)
-        or any(t is not None and is_legacy_batchedtensor(t) for t in tensors)
+        or any(t is not None and (type(t) not in PLAIN or is_legacy_batchedtensor(t)) for t in tensors)
     )
 
 
