@@ -589,6 +589,8 @@ def measure_cell(
         record["providers"] = [name for name in NAMES if name in {*record["providers"], *layers}]
         for name, reason in record["refused"].items():
             print(f"{block} {linear} T={rows}: {NAMES[name]} gets no time: {reason}")
+            for times in record["times"].values():  # of an earlier run, in which it was found right
+                times.pop(name, None)
     measure_linear(record, layers, *inputs(0), modes, options)
 
 

@@ -24,7 +24,7 @@ from ei.data.prepare import Source
 from ei.data.prepare import prepare as prepare_source
 from ei.evaluation.shard import Shard
 from ei.interrupts import ElsewhereError, Interrupted
-from ei.progress import is_speaker
+from ei.progress import is_read, is_speaker
 
 USAGE = """\
 usage: ei COMMAND [OPTIONS]
@@ -228,10 +228,9 @@ def run(words: Sequence[str]) -> int:
         return 2
     try:
         return COMMANDS[words[0]](words[1:]) or 0
-    except BrokenPipeError:
-        raise
     except (ValueError, OSError, ArithmeticError, ImportError) as error:
-        if "EI_TRACEBACK" in os.environ:
+        has_had_enough = isinstance(error, BrokenPipeError) and not is_read()  # a pipe to a worker breaks, too
+        if has_had_enough or "EI_TRACEBACK" in os.environ:
             raise
         reason = explain_missing(error) if isinstance(error, ModuleNotFoundError) else error
         print(f"ei {words[0]}{_which_process()}: {reason}", file=sys.stderr)

@@ -657,9 +657,9 @@ def _as_scalar(key: str, value: Any, kind: type) -> Any:
     if kind is not bool and not isinstance(value, bool) and isinstance(value, (str, int, float)):
         try:
             converted = kind(value.strip() if isinstance(value, str) else value)
-        except ValueError:
+        except (ValueError, OverflowError):
             converted = None
-        if converted is not None and not (kind is int and converted != float(value)):
+        if converted is not None and not (kind is int and isinstance(value, float) and converted != value):
             return converted
     wanted = {bool: "true or false", int: "an integer", float: "a number", str: "text (quote yes, no, on, off)"}[kind]
     raise ValueError(f"{key} must be {wanted}, got {value!r}")

@@ -6,12 +6,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from mor.config import MoRConfig
 from mor.functional import BACKENDS, choose_backend, mor_branch, mor_gates, mor_linear
 from mor.wrappers import original
 
 PLAIN = (Tensor, nn.Parameter)
+TRACED = (FakeTensor, FunctionalTensor)  # what stands for a plain one while a model is exported or looked at
 
 
 class MoRLinear(nn.Module):
@@ -72,7 +75,7 @@ class MoRLinear(nn.Module):
         )
         # Read once, because that may change buffers; looked at each time, because it may have been quantised meanwhile.
         weight = None if self._calls_base else self.base.weight
-        if weight is None or type(weight) not in PLAIN:
+        if weight is None or not is_matrix(weight):
             y = self.base(input)
             return y + mor_branch(input, *experts, **settings).to(y.dtype)
         return mor_linear(input, weight, self.base.bias, *experts, **settings, backend=self._backend)
@@ -127,7 +130,7 @@ class MoRLinear(nn.Module):
             f"bypass={config.bypass}",
             f"backend={backend}",
         ]
-        if self._calls_base or type(weight) not in PLAIN:
+        if self._calls_base or not is_matrix(weight):
             parts.append("base is called")
         if config.dropout:
             parts.append(f"dropout={config.dropout}")
@@ -193,7 +196,12 @@ def is_plain(base: Any) -> bool:
     """Whether ``base`` does nothing but W x + b, with a matrix that can be used in its place."""
     if type(base).forward is not nn.Linear.forward or "weight" in getattr(base, "parametrizations", ()):
         return False
-    return type(base.weight) in PLAIN and base.weight.is_floating_point()
+    return is_matrix(base.weight)
+
+
+def is_matrix(weight: Tensor) -> bool:
+    """Whether it is a plain matrix of floats, which can be multiplied with as it is."""
+    return (type(weight) in PLAIN or isinstance(weight, TRACED)) and weight.is_floating_point()
 
 
 def stored_weight(base: nn.Linear) -> Tensor:

@@ -196,12 +196,16 @@ def stage1_key(config: Config) -> str:
     >>> stage1_key(Config()) == stage1_key(Config(model=ModelConfig(fusion="late")))
     True
     """
+    return json.dumps(stage1_settings(config), sort_keys=True)
+
+
+def stage1_settings(config: Config) -> dict[str, dict[str, Any]]:
+    """The settings that count for the first stage, by section."""
     values = config.to_dict()
-    counting = {
+    return {
         section: {name: value for name, value in values[section].items() if name not in _OF_STAGE2.get(section, ())}
         for section in ("data", "model", "train")
     }
-    return json.dumps(counting, sort_keys=True)
 
 
 def _from_file(path: Path) -> Method:

@@ -1,14 +1,15 @@
 """What a comparison would train, and whether it can: every method, seed and fold as a cell, before anything is done."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ei.comparison.cell import Cell
-from ei.comparison.methods import Method, find_methods, settings_of
+from ei.comparison.methods import Method, find_methods, settings_of, stage1_settings
 from ei.config import Config, ModelConfig
 from ei.data.listed import counted
 from ei.data.manifest import Manifest, read_manifest
@@ -16,7 +17,7 @@ from ei.models import build_model, count_trainable
 from ei.models.backbone import require_weights
 from ei.runs.folder import RunFolder
 from ei.runs.loading import data_hashes, stage1_taken_over
-from ei.runs.setup import require_measurable, require_usable, resolved, resumes
+from ei.runs.setup import differences, require_measurable, require_usable, resolved, resumes
 from ei.runtime import choose_device
 
 
@@ -148,12 +149,29 @@ def _require_same_settings(cell: Cell) -> None:
     if not cell.note.is_file():
         return
     note = cell.read_note()
+    if cell.method.modality is not None:
+        _require_same_stage1(cell, note)
     for part, what in (("manifest", cell.config.data.manifest), ("images", f"an image of {cell.config.data.manifest}")):
         if note.get(part, cell.data[part]) != cell.data[part]:
             raise ValueError(
                 f"{what} is not what it was when {cell.folder} was trained; restore it, or choose another folder with"
                 " --out"
             )
+
+
+def _require_same_stage1(cell: Cell, note: Mapping[str, Any]) -> None:
+    """Raise a ValueError if the first stage that a cell of one modality was predicted with is another than it would be.
+
+    Such a cell has no configuration of its own. One that was handed to the whole comparison is held to its own plan.
+    """
+    source = RunFolder((cell.folder / str(note.get("stage1_from") or "")).resolve()).config
+    if cell.config.train.stage1_from or not source.is_file():
+        return
+    if different := differences(stage1_settings(Config.load(source, of_run=True)), stage1_settings(cell.config)):
+        raise ValueError(
+            f"what is in {cell.folder} was predicted by {source.parent}, which was begun with other settings:"
+            f" {'; '.join(different)}. Choose another folder with --out, or go on with the settings it has"
+        )
 
 
 def _read_folds(config: Config) -> dict[Path, Manifest]:

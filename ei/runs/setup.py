@@ -1,10 +1,11 @@
 """Before training: what a configuration resolves to, and whether a run may begin in a folder, or go on in it."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -134,19 +135,22 @@ def resumes(folder: RunFolder, config: Config) -> bool:
         if folder.path.exists() and any(not path.name.startswith(".") for path in folder.path.iterdir()):
             raise ValueError(f"{folder.path} is neither a run nor an empty folder; choose another with --out")
         return False
-    begun = Config.load(folder.config, of_run=True).to_dict()
-    different = [
-        f"{section} {name} (was {begun[section][name]}, is {value})"
-        for section, values in config.to_dict().items()
-        for name, value in values.items()
-        if value != begun[section][name] and name not in MAY_CHANGE.get(section, ())
-    ]
-    if different:
+    if different := differences(Config.load(folder.config, of_run=True).to_dict(), config.to_dict()):
         raise ValueError(
             f"the run in {folder.path} was begun with other settings: {'; '.join(different)}. Choose another folder"
             " with --out, or go on with the settings it has"
         )
     return True
+
+
+def differences(was: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The settings in which two configurations differ, and how; but for those that may change."""
+    return [
+        f"{section} {name} (was {was[section][name]}, is {value})"
+        for section, values in now.items()
+        for name, value in values.items()
+        if value != was[section][name] and name not in MAY_CHANGE.get(section, ())
+    ]
 
 
 def require_usable(folder: Path, way_out: str = "choose another with --out") -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, library, nn
-from torch.autograd.function import once_differentiable
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from mor_kernels.branch import branch
@@ -28,6 +28,7 @@ from mor_kernels.weight_grad import sum_partials, x_partials
 
 MAX_COLUMNS = 64  # sum of ranks + router outputs
 FORMS = ("auto", *FUSED_FORMS)
+PLAIN = (Tensor, nn.Parameter)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -180,7 +181,9 @@ def _gradients_of(ctx: Any, dy: Tensor | None, *_of_saved: None) -> tuple[Tensor
         return (None,) * 11
     with_dx, *wanted = (ctx.needs_input_grad[i] for i in (0, 3, 4, 5, 6))
     tensors = (dy, *ctx.saved_tensors)
-    backward: Callable[..., tuple[Tensor, ...]] = linear_backward if _watched(tensors) else _backward
+    # With create_graph autograd looks on, too: the operator refuses second derivatives, `_backward` would give a part.
+    by_operator = torch.is_grad_enabled() or _watched(tensors)
+    backward: Callable[..., tuple[Tensor, ...]] = linear_backward if by_operator else _backward
     dx, *gradients = backward(*tensors, *ctx.settings, with_dx, any(wanted))
     da, db, drouter, drouter_bias = (g if wants else None for g, wants in zip(gradients, wanted, strict=True))
     return dx if with_dx else None, None, None, da, db, drouter, drouter_bias, None, None, None, None
@@ -196,23 +199,24 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         y, h, gates = _forward(*inputs)
         x, weight, _, a, b, router_weight, router_bias, *ctx.settings = inputs
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, a, b, router_weight, router_bias, h, gates)
         return y
 
     @staticmethod
-    @once_differentiable  # or autograd would look for second derivatives in what `_backward` calls
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         return _gradients_of(ctx, dy)
 
 
 def _watched(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether somebody has to see operators: a compiler, a dispatch mode (fake tensors, selective checkpoints), a
-    function transform, or a kind of tensor of its own."""
+    """Whether somebody has to see operators: a compiler, a tracer, a dispatch mode (fake tensors, selective
+    checkpoints), a function transform, a kind of tensor of its own, or a batch of gradients (is_grads_batched)."""
     return (
         torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
         or _get_current_dispatch_mode() is not None
         or torch._C._are_functorch_transforms_active()
-        or any(t is not None and type(t) is not Tensor and type(t) is not nn.Parameter for t in tensors)
+        or any(t is not None and (type(t) not in PLAIN or is_legacy_batchedtensor(t)) for t in tensors)
     )
 
 

@@ -150,6 +150,20 @@ def test_bits_that_differ_get_no_time(bench: ModuleType, monkeypatch: pytest.Mon
     assert {linear["refused"]["branch"] for linear in result["linears"]} == {"two runs gave different bits"}
 
 
+def test_what_is_found_wrong_later_loses_its_times(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With one provider more all are checked again."""
+    before = bench.main([*narrow("--providers", "branch"), "--out", str(tmp_path)])
+    assert all("branch" in times for linear in before["linears"] for times in linear["times"].values())
+    monkeypatch.setattr(bench, "same_bits", lambda *_: False)
+    after = bench.main([*narrow("--providers", "branch", "tail"), "--out", str(tmp_path), "--resume"])
+    for linear in after["linears"]:
+        assert {"branch", "tail"} <= linear["refused"].keys()
+        assert all(times.keys() == {"frozen"} for times in linear["times"].values())
+    assert not any("branch" in block["ratio"] for block in after["blocks"])
+
+
 def test_what_cannot_run_leaves_the_others_their_times(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*tensors: torch.Tensor, **options: object) -> torch.Tensor:
         raise RuntimeError("out of registers\nand more")

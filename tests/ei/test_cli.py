@@ -38,6 +38,39 @@ def test_a_reader_that_has_had_enough(words):
     assert (done.returncode, done.stderr) == (141, "")
 
 
+def test_a_pipe_of_its_own_that_breaks_is_told():
+    """As that to a worker that was killed; a training must not end without a word."""
+    fail = "def fail(words): raise BrokenPipeError(32, 'Broken pipe')"
+    program = (
+        f"import sys; from ei import cli, __main__\n{fail}\ncli.COMMANDS['check'] = fail; sys.exit(__main__.main())"
+    )
+    done = subprocess.run([sys.executable, "-c", program, "check"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "ei check: [Errno 32] Broken pipe\n")
+
+
+@pytest.mark.fault("standard output or error closed, as by a daemon", "the work is done all the same")
+@pytest.mark.parametrize(("closed", "words", "code"), [(">&-", "--version", 0), ("2>&-", "params --help", 0)])
+def test_closed_streams(closed, words, code):
+    done = subprocess.run(
+        ["sh", "-c", f"exec {shlex.quote(sys.executable)} -m ei {words} {closed}"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (code, "")
+
+
+def test_closed_streams_do_not_give_their_numbers_away(tmp_path):
+    program = "import os; from ei import __main__; __main__._open_streams(); print(os.open(os.devnull, 0) > 2)"
+    command = f"exec {shlex.quote(sys.executable)} -c {shlex.quote(program)} 2>&- <&-"
+    assert subprocess.run(["sh", "-c", command], capture_output=True, text=True).stdout == "True\n"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has a disk that is always full")
+@pytest.mark.parametrize("words", ["--help", "check nowhere.csv"])
+def test_printing_to_a_full_disk(words):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*EI, *words.split()], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "No space left on device" in done.stderr
+
+
 @pytest.mark.parametrize("words", [[], ["--help"], ["-h"], ["help"]])
 def test_usage(words, capsys):
     assert run(words) == 0

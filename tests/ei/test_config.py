@@ -223,6 +223,7 @@ def test_yaml_spellings_of_numbers_and_lists(tmp_path):
         ("train: {epoch: 3}", "unknown field of section 'train': epoch; known are optimizer,"),
         ("train: {epochs: many}", "epochs must be an integer, got 'many'"),
         ("train: {epochs: 2.5}", "epochs must be an integer, got 2.5"),
+        ("train: {epochs: .inf}", "epochs must be an integer, got inf"),
         ("train: {epochs: true}", "epochs must be an integer, got True"),
         ("train: {lr: fast}", "lr must be a number, got 'fast'"),
         ("train: {lr: }", "lr must be a number, got None"),
@@ -242,6 +243,13 @@ def test_faults_of_a_file_are_named(tmp_path, text, message):
     with pytest.raises(ValueError, match=message) as error:
         Config.load(path)
     assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("seed", [2**53 + 1, 2**63 - 1])
+def test_large_seeds_come_back(tmp_path, seed):
+    """No float holds them; a run whose own configuration cannot be read has been trained for nothing."""
+    Config(train=TrainConfig(seed=seed)).save(tmp_path / "c.yaml")
+    assert Config.load(tmp_path / "c.yaml").train.seed == seed
 
 
 def test_a_missing_file_is_named(tmp_path):

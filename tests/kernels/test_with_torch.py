@@ -279,6 +279,59 @@ def test_a_function_transform_sees_the_operators(device):
     assert torch.equal(mapped, torch.stack([function(x) for x in both]))
 
 
+@pytest.mark.parametrize("look", [nullcontext, Seen], ids=["nobody", "a mode in forward"])
+def test_second_derivatives_are_refused(look, device):
+    """Whoever looked on in forward may not do so in backward, and a part of a second derivative would be wrong."""
+    problem = Problem(5, 8, 6, device=device)
+    tensors = leaves(problem)
+    arguments = [tensors[name] for name in ("x", "weight", "bias", *NAMES[1:])]
+    options = {"ranks": problem.ranks, "scaling": problem.scaling, "bypass": problem.bypass}
+    with look():
+        y = mor_kernels.mor_linear(*arguments, **options)
+    dy = tensors["dy"].requires_grad_()
+    (dx,) = torch.autograd.grad(y, tensors["x"], dy, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        torch.autograd.grad(dx.square().sum(), dy, allow_unused=True)
+
+
+def test_a_batch_of_gradients(device):
+    problem = Problem(5, 8, 6, device=device)
+    tensors, layer = leaves(problem), Layer(problem)
+    y, wanted = layer(tensors["x"]), [tensors["x"], layer.A, layer.router_weight]
+    dys = torch.stack([tensors["dy"], -2 * tensors["dy"]])
+    together = torch.autograd.grad(y, wanted, dys, is_grads_batched=True, retain_graph=True)
+    for i, dy in enumerate(dys):
+        alone = torch.autograd.grad(y, wanted, dy, retain_graph=True)
+        assert all(torch.equal(batch[i], gradient) for batch, gradient in zip(together, alone, strict=True))
+
+
+class NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return None
+
+
+def test_no_gradient_stays_none(device):
+    """Zeros in its place would let an optimizer with weight decay or momentum take a step."""
+    problem = Problem(5, 8, 6, device=device)
+    layer, x = Layer(problem), problem.tensors["x"].requires_grad_()
+    NoGradient.apply(layer(x)).sum().backward()
+    assert x.grad is None and all(parameter.grad is None for parameter in layer.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:Warning", "ignore::torch.jit.TracerWarning")
+def test_a_trace_holds_the_operator(device):
+    problem = Problem(5, 8, 6, device=device)
+    layer, x = Layer(problem).requires_grad_(False), problem.tensors["x"]
+    traced = torch.jit.trace(layer, x, check_trace=False)
+    assert "mor_kernels::linear_forward" in [node.kind() for node in traced.graph.nodes()]
+    assert torch.equal(traced(2 * x), layer(2 * x))
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_a_module(reentrant, device):
     from torch.utils.checkpoint import checkpoint

@@ -450,6 +450,20 @@ def test_a_folder_that_was_moved(
     assert content["methods"][1]["cost"]["seconds"] == sum(note["seconds"] for note in notes)
 
 
+def test_a_first_stage_from_elsewhere_is_not_mistaken_for_one_of_this_folder(
+    manifest: Path, study_config: Any, tmp_path: Path, pretended: list[Path]
+) -> None:
+    """Its path ends as one of this comparison's does."""
+    config = study_config(manifest)
+    compare(config, ["ei"], tmp_path / "elsewhere", seeds=1)
+    source = str(tmp_path / "elsewhere" / "ei" / "seed-0")
+    (cell,) = make_plan(config, ["ei"], seeds=1, out=tmp_path / "out").cells
+    cell.folder.mkdir(parents=True)
+    cell.taking_stage1(source).save(cell.folder / "config.yaml")
+    cell.follow_moved_folder()
+    assert cell.begun.train.stage1_from == source
+
+
 def test_one_modality_of_several_adapters(
     manifest: Path, study_config: Any, tmp_path: Path, pretended: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -470,6 +484,22 @@ def test_one_modality_of_several_adapters(
     assert parameters[0] > parameters[1] == parameters[2]
     with pytest.raises(ValueError, match="with adapter 'full'; add such as late:full$"):
         make_plan(study_config(manifest), ["ei", "uni:cfp:full"], seeds=1, out=tmp_path / "other")
+
+
+def test_one_modality_of_other_settings_is_refused(
+    manifest: Path, study_config: Any, tmp_path: Path, pretended: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has no configuration of its own, so with another method as the first it was taken for one of this protocol."""
+    monkeypatch.setattr(running, "load", lambda run, _: (torch.nn.Identity(), Config.load(run / "config.yaml")))
+    logits = np.random.default_rng(0).normal(size=(9, 3)).astype(np.float32)
+    monkeypatch.setattr(running, "predict_rows", lambda *_, **__: Predictions(logits, {}, None))
+    config, out = study_config(manifest), tmp_path / "out"
+    compare(config, ["late", "uni:cfp"], out, seeds=1)
+    other = replace(config, train=replace(config.train, epochs=config.train.epochs + 1))
+    with pytest.raises(ValueError, match=r"predicted by .*late/seed-0, which was begun .*: train epochs \(was"):
+        make_plan(other, ["ei", "uni:cfp"], seeds=1, out=out)
+    quicker = replace(config, train=replace(config.train, workers=1, bootstrap=7))
+    assert [cell.state for cell in make_plan(quicker, ["ei", "uni:cfp"], seeds=1, out=out).cells] == ["to do", "done"]
 
 
 @pytest.mark.fault("two comparisons in one folder", "the second is refused")
