@@ -142,8 +142,8 @@ class Compare:
     """
 
     methods: Names
-    """FUSION or FUSION:ADAPTER (as ei, late, ei:lora, ei:mor-no-bypass), uni:MODALITY[:ADAPTER], or YAML files of
-    settings; the others are compared with the first."""
+    """FUSION or FUSION:ADAPTER (as ei, late, ei:lora, ei:mor-no-bypass), uni:MODALITY[:ADAPTER], or YAML files;
+    the others are compared with the first."""
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
     """What all methods share."""
     seeds: int = 3
@@ -191,8 +191,7 @@ class Predict:
     out: APath = Path("predictions.csv")
     """The CSV to write."""
     shard: str = ""
-    """I/N: predict the I-th of N shares only, in processes of any number of machines that share a folder; the last
-    to finish writes the CSV."""
+    """I/N: predict the I-th of N shares only, on any machines that share a folder; the last writes the CSV."""
 
     def __post_init__(self) -> None:
         if self.shard:

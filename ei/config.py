@@ -129,8 +129,10 @@ class DataConfig:
     jitter: float = 0.3
     """Contrast, brightness and saturation of training images are scaled by 1 - jitter .. 1 + jitter."""
     balance: Literal["off", "oversample", "auto", "weights"] = "off"
-    """'oversample': repeat samples of rare classes in training until all classes are equally frequent; 'auto': let
-    them count more in the loss, by how rare they are; 'weights': by --class-weights."""
+    """How rare classes are made up for.
+    'oversample': their samples are repeated in training until all classes are equally frequent;
+    'auto': they count more in the loss, by how rare they are;
+    'weights': by --class-weights."""
     class_weights: Floats = ()
     """What a sample of each class counts in the loss, in the order of the classes; with several labels, each label."""
     modality_dropout: float = 0.0
@@ -213,8 +215,8 @@ class ModelConfig:
     """Backbone, adapters, and how modalities meet."""
 
     fusion: Fusion = "ei"
-    """'ei': summaries of the other modalities enter each ViT; 'late': the ablation without them; the others are
-    baselines (docs/baselines.md)."""
+    """'ei': summaries of the other modalities enter each ViT; 'late': the ablation without them;
+    the others are baselines (docs/baselines.md)."""
     backbone: str = "vit_base_patch16_clip_224.openai"
     """A timm name, open_clip:NAME[:PRETRAINED], or 'tiny' (a small ViT for trials on a CPU)."""
     pretrained: bool = True
@@ -222,17 +224,19 @@ class ModelConfig:
     weights: str = ""
     """A local .safetensors or .pth file with the backbone's weights; 'tiny' is random without one."""
     adapter: AdapterName = "mor"
-    """How the backbone learns. mor, lora, loramoe: Mixture of Ranks, one LoRA, equal LoRAs with a router; frozen,
-    full, bitfit: not at all, all of it, its biases; vpt: prompts before each block; rlrr: rescaled weights; losa: a
-    network beside it (fusion 'late' only); latelora: LoRA on q and v of the later blocks; peft:NAME: a method of
-    huggingface/peft with its own defaults, such as peft:ia3 or peft:ln_tuning."""
+    """How the backbone learns.
+    mor, lora, loramoe: Mixture of Ranks, one LoRA, equal LoRAs with a router;
+    frozen, full, bitfit: not at all, all of it, its biases;
+    vpt: prompts before each block; rlrr: rescaled weights;
+    losa: a network beside it (late fusions only); latelora: LoRA on q and v of the later blocks;
+    peft:NAME: a method of huggingface/peft with its own defaults, such as peft:ia3 or peft:ln_tuning."""
     targets: Names = ("fc",)
     """Layers that the adapters go to: qkv, proj, fc, fc1, fc2, or patterns of module names."""
     ranks: Integers = ()
     """Ranks of the experts; empty: 2,4,8 for mor, 4,4,4 for loramoe, and a single 4 for lora, losa and latelora."""
     blocks: Integers = ()
-    """Blocks that are adapted, or after which losa reads, from 0; empty: all; for latelora the second half; for losa
-    every second, up to the last (a guess: its paper does not say)."""
+    """Blocks that are adapted, or after which losa reads, from 0; empty: all;
+    for latelora the second half; for losa every second, up to the last (a guess: its paper does not say)."""
     alphas: Floats = ()
     """Alpha of each expert, which is scaled by alpha / rank; empty: twice its rank."""
     bypass: bool = True
@@ -425,8 +429,8 @@ class TrainConfig:
     gate_prior: str = ""
     """That modality; empty: the one whose stage-1 model has the best mAP on the training rows."""
     stages: Literal["both", "2"] = "both"
-    """'both': first each modality alone, then together; '2': together at once, from the backbone, as are all
-    baselines but the late ones."""
+    """'both': first each modality alone, then together;
+    '2': together at once, from the backbone, as are all baselines but the late ones."""
     stage1_from: str = ""
     """A run on the same data whose stage 1 is taken over instead of being trained again."""
     bootstrap: int = 1000

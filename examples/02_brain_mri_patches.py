@@ -18,8 +18,10 @@ from PIL import Image
 SEQUENCES = ("FLAIR", "T1", "T2", "T1POST")
 CLASSES = ("no_lesion", "lesion")
 
-if len(sys.argv) != 3 or not Path(sys.argv[1]).is_file():
+if len(sys.argv) != 3:
     sys.exit(__doc__)
+if not Path(sys.argv[1]).is_file():
+    sys.exit(f"there is no file {sys.argv[1]}; the head of {__file__} says what it must hold")
 source, out = np.load(sys.argv[1], allow_pickle=False), Path(sys.argv[2])
 if missing := {*SEQUENCES, "label", "patient"} - set(source.files):
     sys.exit(f"{sys.argv[1]} lacks the arrays {', '.join(sorted(missing))}")

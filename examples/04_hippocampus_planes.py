@@ -20,8 +20,10 @@ SPLITS = {"train": "train", "valid": "val", "test": "test"}
 # The first axis of a volume counts its slices.
 PLANES = {"axial": (2, 0, 1), "coronal": (1, 0, 2), "sagittal": (0, 1, 2)}
 
-if len(sys.argv) != 3 or not Path(sys.argv[1]).is_file():
+if len(sys.argv) != 3:
     sys.exit(__doc__)
+if not Path(sys.argv[1]).is_file():
+    sys.exit(f"there is no file {sys.argv[1]}; the head of {__file__} says what it must hold")
 source, out = np.load(sys.argv[1], allow_pickle=False), Path(sys.argv[2])
 if missing := {"volumes", "labels", "split", "case"} - set(source.files):
     sys.exit(f"{sys.argv[1]} lacks the arrays {', '.join(sorted(missing))}")

@@ -114,6 +114,23 @@ def compare_scales(listed: Sequence[ListedFile]) -> list[Fault]:
     return found
 
 
+def compare_channels(listed: Sequence[ListedFile]) -> list[Fault]:
+    """Modalities whose .npy files all have three slices, as arrays with the colours first seem to."""
+    slices: dict[str, set[int]] = defaultdict(set)
+    for file in listed:
+        if file.facts:
+            is_array = file.place.lower().endswith(".npy")
+            slices[file.modality].add(file.facts.slices if is_array else 0)
+    return [
+        Fault(
+            0,
+            f"{modality}: its .npy files are read as three grey slices each; if these are colours, they must come last: (H, W, 3)",
+        )
+        for modality, numbers in slices.items()
+        if numbers == {3}
+    ]
+
+
 def _lookalikes(ours: Sequence[ListedFile], theirs: Sequence[ListedFile]) -> Iterator[tuple[ListedFile, ListedFile]]:
     fingerprints = [file.facts.fingerprint for file in theirs if file.facts]
     for start in range(0, len(ours), _BLOCK):

@@ -36,7 +36,16 @@ from ei.config import DataConfig
 from ei.data.audit import AuditCache, Checked, Facts, audit_image
 from ei.data.exchanged import compare_modalities
 from ei.data.images import ImageError
-from ei.data.listed import SPLITS, Fault, ListedFile, compare_copies, compare_looks, compare_scales, counted
+from ei.data.listed import (
+    SPLITS,
+    Fault,
+    ListedFile,
+    compare_channels,
+    compare_copies,
+    compare_looks,
+    compare_scales,
+    counted,
+)
 from ei.intensity import Intensity
 
 FAULTS_SHOWN = 20
@@ -186,7 +195,8 @@ def read_manifest(
     files = _Files(path.parent, config, problems)
     images_of = [files.of(record) for record in records]
     files.audit(use_cache=cache)
-    warnings.extend([*compare_scales(files.listed), *compare_modalities(files.listed)])
+    for compare in (compare_scales, compare_channels, compare_modalities):
+        warnings.extend(compare(files.listed))
     if labelled:
         leaks, copies = compare_copies(files.listed)
         problems.extend(leaks)

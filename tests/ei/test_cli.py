@@ -1,3 +1,5 @@
+import ast
+import itertools
 import os
 import re
 import shlex
@@ -5,9 +7,11 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
+import ei
 from ei.cli import run
 
 COMMANDS = ["demo", "phantom", "prepare", "check", "train", "compare", "evaluate", "report", "predict", "params"]
@@ -93,6 +97,20 @@ def test_every_command_explains_itself(command, capsys):
         run([command, "--help"])
     assert stopped.value.code == 0
     assert f"usage: ei {command}" in capsys.readouterr().out
+
+
+def test_no_help_breaks_a_line_within_a_sentence():
+    """tyro keeps the line breaks of the docstring below a setting."""
+    help_texts = [
+        text.value.value
+        for path in Path(ei.__file__).parent.rglob("*.py")
+        for kind in ast.walk(ast.parse(path.read_text()))
+        if isinstance(kind, ast.ClassDef)
+        for setting, text in itertools.pairwise(kind.body)
+        if isinstance(setting, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+    ]
+    assert len(help_texts) > 100
+    assert not [text for text in help_texts if any(line[-1] not in ".;:" for line in text.splitlines() if line)]
 
 
 def test_a_misspelt_flag_is_usage(capsys):

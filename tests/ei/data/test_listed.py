@@ -9,7 +9,7 @@ import pytest
 
 from ei.data import listed
 from ei.data.audit import Facts
-from ei.data.listed import Fault, ListedFile, compare_copies, compare_looks, compare_scales
+from ei.data.listed import Fault, ListedFile, compare_channels, compare_copies, compare_looks, compare_scales
 
 
 def look(seed: int) -> str:
@@ -102,3 +102,16 @@ def test_unused_bits_are_told_once_for_a_modality(brightest: list[int], told: st
     assert len(found) == bool(told)
     if told:
         assert re.search(told, found[0].text)
+
+
+@pytest.mark.parametrize(
+    ("slices", "suffix", "told"),
+    [((3, 3), ".npy", True), ((3, 4), ".npy", False), ((1,), ".npy", False), ((3,), ".nii", False)],
+)
+def test_arrays_with_their_colours_first_are_told(slices: tuple[int, ...], suffix: str, told: bool) -> None:
+    """(3, H, W) is a volume of three grey slices, and often meant to be a picture in colour."""
+    listed = [
+        replace(file(row, "train", "p"), place=f"{row}{suffix}", facts=Facts("x", slices=count))
+        for row, count in enumerate(slices)
+    ]
+    assert bool(compare_channels(listed)) == told

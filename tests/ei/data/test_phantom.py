@@ -95,7 +95,7 @@ def test_a_file_gives_back_the_picture(
     [
         Phantom(samples=200),
         Phantom(samples=60, seed=1, size=128, format=("png16", "nifti"), slices=5, degraded="cfp"),
-        Phantom(samples=60, seed=2, size=32, format=("dicom", "npy"), slices=3, degraded="oct", evidence=(0.0, 0.0)),
+        Phantom(samples=60, seed=2, size=32, format=("dicom", "npy"), slices=4, degraded="oct", evidence=(0.0, 0.0)),
     ],
 )
 def test_the_check_finds_nothing(tmp_path: Path, settings: Phantom) -> None:
