@@ -121,14 +121,8 @@ def compare_channels(listed: Sequence[ListedFile]) -> list[Fault]:
         if file.facts:
             is_array = file.place.lower().endswith(".npy")
             slices[file.modality].add(file.facts.slices if is_array else 0)
-    return [
-        Fault(
-            0,
-            f"{modality}: its .npy files are read as three grey slices each; if these are colours, they must come last: (H, W, 3)",
-        )
-        for modality, numbers in slices.items()
-        if numbers == {3}
-    ]
+    text = "its .npy files are read as three grey slices each; if these are colours, they must come last, (H, W, 3)"
+    return [Fault(0, f"{modality}: {text}") for modality, numbers in slices.items() if numbers == {3}]
 
 
 def _lookalikes(ours: Sequence[ListedFile], theirs: Sequence[ListedFile]) -> Iterator[tuple[ListedFile, ListedFile]]:
