@@ -66,18 +66,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ):
         x, dy = harness.draw_inputs(ROWS, WIDTH, WIDTH, dtype=torch.bfloat16)
         times = time_providers(layers(), x, dy, options.rounds)
-    microseconds = {
-        name: {
-            mode: [round(float(q) * 1e6, 1) for q in np.quantile(times[name][mode], (0.2, 0.5, 0.8))] for mode in MODES
-        }
-        for name in times
+    results = {
+        **setup,
+        "rounds": options.rounds,
+        "clock": "time.thread_time",
+        "microseconds": {name: {mode: quantiles(1e6 * times[name][mode]) for mode in MODES} for name in times},
+        "ratio_to_peft_lora": {
+            name: {mode: quantiles(times[name][mode] / times["peft_lora"][mode]) for mode in MODES} for name in times
+        },
     }
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
-        results = {**setup, "rounds": options.rounds, "clock": "time.thread_time", "microseconds": microseconds}
         harness.store(options.out / "host_time.json", results, report(results))
     else:
-        print(report({**setup, "rounds": options.rounds, "microseconds": microseconds}))
+        print(report(results))
+
+
+def quantiles(values: np.ndarray) -> list[float]:
+    """At 20, 50 and 80 %."""
+    return [float(f"{value:.4g}") for value in np.quantile(values, (0.2, 0.5, 0.8))]
 
 
 def layers() -> dict[str, nn.Module]:
@@ -90,10 +97,11 @@ def layers() -> dict[str, nn.Module]:
 def report(results: dict) -> str:
     """A table in Markdown, with where and how it was measured."""
     versions, names = results["versions"], {**NAMES, "mor": "MoR, backend triton, launches left out"}
-    rows = [
-        f"| {names[name]} | " + " | ".join("{1:.0f} ({0:.0f}, {2:.0f})".format(*by_mode[mode]) for mode in MODES) + " |"
-        for name, by_mode in results["microseconds"].items()
-    ]
+    rows = []
+    for name, by_mode in results["microseconds"].items():
+        cells = ["{1:.0f} ({0:.0f}, {2:.0f})".format(*by_mode[mode]) for mode in MODES]
+        ratios = ["{1:.2f} ({0:.2f}, {2:.2f})".format(*results["ratio_to_peft_lora"][name][mode]) for mode in MODES]
+        rows.append(f"| {' | '.join([names[name], *cells, *ratios])} |")
     return "\n".join(
         [
             "# Host time of a layer, without a card",
@@ -103,8 +111,8 @@ def report(results: dict) -> str:
             f" {results['cpu']}, torch {versions['torch']}, triton {versions['triton']}, peft {versions['peft']},"
             f" commit {results['git']['commit'][:12]}{' with changes' if results['git']['code_changed'] else ''}.",
             "",
-            "| | forward | forward + backward |",
-            "|---|---|---|",
+            "| | forward | forward + backward | of the LoRA's of the same round | |",
+            "|---|---|---|---|---|",
             *rows,
         ]
     )
