@@ -65,7 +65,7 @@ def make_plan(config: Config, names: Sequence[str], *, seeds: int, out: Path) ->
         raise ValueError("a comparison runs in one process; start it without torchrun, or several on parts of methods")
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}")
-    _require_own(out)
+    _require_own(out, names)
     methods = find_methods(names, config)
     manifests = _read_folds(config)
     if config.train.stage1_from and (seeds > 1 or len(manifests) > 1):
@@ -109,12 +109,13 @@ def make_plan(config: Config, names: Sequence[str], *, seeds: int, out: Path) ->
     return plan
 
 
-def _require_own(out: Path) -> None:
-    """Raise a ValueError if the folder is a run, or holds files and nothing of a comparison."""
+def _require_own(out: Path, names: Sequence[str]) -> None:
+    """Raise a ValueError if the folder is a run, or holds other files than methods and nothing of a comparison."""
     require_usable(out)
     begun = any(path for pattern in ("comparison.json", "*/seed-*", "*/*/seed-*") for path in out.glob(pattern))
     # Names with a dot, and empty folders, are what a comparison leaves that was killed before it began.
-    others = any(path.is_file() for path in out.rglob("[!.]*"))
+    of_methods = {Path(name).absolute() for name in names}
+    others = any(path.is_file() and path.absolute() not in of_methods for path in out.rglob("[!.]*"))
     if RunFolder(out).config.exists() or (others and not begun):
         raise ValueError(f"{out} is neither a comparison nor an empty folder; choose another with --out")
 

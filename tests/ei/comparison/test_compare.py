@@ -707,6 +707,14 @@ def test_what_a_comparison_leaves_that_was_killed_early(
     assert make_plan(study_config(manifest), ["ei"], seeds=1, out=tmp_path / "out").cells[0].state == "to do"
 
 
+def test_a_method_may_lie_in_the_folder(manifest: Path, study_config: Any, tmp_path: Path) -> None:
+    mine = tmp_path / "out" / "mine.yaml"
+    mine.parent.mkdir()
+    mine.write_text("model: {int_hidden: 8}")
+    (cell,) = make_plan(study_config(manifest), [str(mine)], seeds=1, out=tmp_path / "out").cells
+    assert cell.config.model.int_hidden == 8
+
+
 @pytest.mark.parametrize("method", ["ei", "uni:cfp"])
 def test_a_cell_whose_folder_is_a_file(method: str, manifest: Path, study_config: Any, tmp_path: Path) -> None:
     path = tmp_path / "out" / method.replace(":", "+") / "seed-0"
