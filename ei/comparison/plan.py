@@ -113,8 +113,8 @@ def _require_own(out: Path, names: Sequence[str]) -> None:
     """Raise a ValueError if the folder is a run, or holds other files than methods and nothing of a comparison."""
     require_usable(out)
     begun = any(path for pattern in ("comparison.json", "*/seed-*", "*/*/seed-*") for path in out.glob(pattern))
-    # Names with a dot, and empty folders, are what a comparison leaves that was killed before it began.
     of_methods = {Path(name).absolute() for name in names}
+    # Names with a dot, and empty folders, are what a comparison leaves that was killed before it began.
     others = any(path.is_file() and path.absolute() not in of_methods for path in out.rglob("[!.]*"))
     if RunFolder(out).config.exists() or (others and not begun):
         raise ValueError(f"{out} is neither a comparison nor an empty folder; choose another with --out")
