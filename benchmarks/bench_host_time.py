@@ -18,7 +18,6 @@ import torch
 import triton
 from bench_mor_linear_cpu import MODES, NAMES, time_providers
 from torch import nn
-from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 
 import mor.functional
@@ -26,21 +25,9 @@ import mor_kernels.linear
 from mor import MoRConfig, MoRLinear
 from mor_kernels import tables
 from mor_kernels.blocks import default_tiles
+from mor_kernels.measure import StandInDriver
 
 ROWS, WIDTH = 32, 64
-
-
-class Driver:
-    """A card that is there, as far as Triton's launch code asks."""
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
 
 
 def launch_nothing(kernel: CompiledKernel) -> None:
@@ -55,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="folder for host_time.json and .md (default: none is written)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    triton.runtime.driver.set_active(Driver())
+    triton.runtime.driver.set_active(StandInDriver())
     setup = harness.setup(("torch", "triton", "peft"), [Path(mor.__file__).parent, Path(mor_kernels.__file__).parent])
     table = tables.Table(default_tiles((9, 0)), {})
     with (

@@ -179,7 +179,7 @@ def _read_folds(config: Config) -> dict[Path, Manifest]:
     """The manifests, which fit each other."""
     given = config.data.manifest
     paths = [Path(path.strip()) for path in given.split(",") if path.strip()]
-    if not paths or os.path.isfile(given):
+    if not paths or os.path.isfile(given):  # Path's own raises where a list is longer than a file's name may be
         paths = [Path(given)]
     manifests = {path: read_manifest(path, config.data) for path in paths}
     first = next(iter(manifests.values()))

@@ -115,6 +115,21 @@ def peak_bytes(function: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
+class StandInDriver:
+    """An sm_90 card, as far as Triton's launch code asks: for what can be counted and timed without one."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+
 def table_in_use(gpu: str) -> str | None:
     """Name and fingerprint of the file whose tiles and forms are taken on a card of this name; None: the defaults."""
     own = os.environ.get(VARIABLE)

@@ -9,27 +9,16 @@ from dataclasses import replace
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 import mor_kernels.linear
 from mor_kernels import mor_linear, tables
 from mor_kernels.blocks import ROW_BUCKETS, ROW_LIMITS, default_tiles
+from mor_kernels.measure import StandInDriver
 
 WIDTH, OUT = 64, 32
 made: set[tuple[str, str]] = set()
 launch = JITFunction.run
-
-
-class Driver:
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
 
 
 def remember(*args, key: str, fn, **kwargs) -> bool:
@@ -57,7 +46,7 @@ def count(rows: int, ranks: tuple[int, ...], bypass: bool) -> int:
 
 
 if __name__ == "__main__":
-    triton.runtime.driver.set_active(Driver())
+    triton.runtime.driver.set_active(StandInDriver())
     triton.knobs.runtime.jit_cache_hook = remember
     JITFunction.run = lambda self, *args, warmup, **kwargs: launch(self, *args, warmup=True, **kwargs)
     mor_kernels.linear.INTERPRETED = True  # only so that CPU tensors are let in; nothing runs

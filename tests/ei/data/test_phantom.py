@@ -90,6 +90,12 @@ def test_a_file_gives_back_the_picture(
     assert oct.shape == (slices, 32, 32)
 
 
+def test_arrays_of_three_slices_might_be_colours(tmp_path: Path) -> None:
+    settings = Phantom(samples=60, size=32, format=("png", "npy"), slices=3)
+    (warning,) = check_manifest(write_phantom(tmp_path, settings), DataConfig(classes=CLASSES)).warnings
+    assert warning.text.startswith("oct: its .npy files are read as three grey slices")
+
+
 @pytest.mark.parametrize(
     "settings",
     [
