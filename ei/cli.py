@@ -226,7 +226,12 @@ def run(words: Sequence[str]) -> int:
         print(f"ei: there is no command '{words[0]}'; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     try:
-        return COMMANDS[words[0]](words[1:]) or 0
+        code = COMMANDS[words[0]](words[1:]) or 0
+        if "WORLD_SIZE" in os.environ:
+            from ei.processes import Processes
+
+            Processes.part()
+        return code
     except (ValueError, OSError, ArithmeticError, ImportError) as error:
         has_had_enough = isinstance(error, BrokenPipeError) and not is_read()  # a pipe to a worker breaks, too
         if has_had_enough or "EI_TRACEBACK" in os.environ:

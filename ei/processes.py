@@ -50,10 +50,23 @@ class Processes:
         if device not in ("auto", "cuda", "cpu"):
             raise ValueError(f"device must be auto, cuda or cpu with several processes, got '{device}'")
         choose_device(device)
+        # Keeps the group that it finds as it is imported, for good; DistributedDataParallel would import it too late.
+        import torch.distributed.nn
         from accelerate import PartialState
 
         together = PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=PATIENCE)
         return cls(together.device, together.num_processes, together.process_index)
+
+    @staticmethod
+    def part() -> None:
+        """End what :meth:`join` began, once all is done; whoever joined must do so before Python ends.
+
+        A thread of gloo may still hold a tensor of the last message, and would end a process that has succeeded with
+        SIGABRT (pytorch issue 190489). Not for a process that fails: NCCL might wait there for the others, who wait
+        for torchrun to tell them.
+        """
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
 
     @property
     def is_first(self) -> bool:
