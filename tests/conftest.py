@@ -6,6 +6,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import hypothesis
 import pytest
 import torch
 from torch import nn
@@ -13,6 +14,12 @@ from torch import nn
 if not torch.cuda.is_available():
     # Triton reads this once, when it is imported; without a card its interpreter runs the kernels.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# The same examples each time, however busy the machine is; --hypothesis-profile=default looks for new ones.
+hypothesis.settings.register_profile(
+    "repeatable", derandomize=True, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("repeatable")
 
 
 @pytest.fixture(autouse=True)

@@ -111,7 +111,7 @@ def test_the_last_router_output_is_the_bypass(backend):
     assert torch.equal(y, F.linear(tensors["x"], tensors["weight"], tensors["bias"]))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     ranks=st.lists(st.integers(1, 9), min_size=1, max_size=4).map(tuple),
     rows=st.integers(0, 9),

@@ -188,7 +188,7 @@ def test_multiplied_logits_have_a_multiplied_temperature(multi_label: bool) -> N
 
 
 @given(st.integers(0, 10_000), st.integers(1, 12), st.floats(0.1, 20), st.booleans())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_no_other_temperature_has_a_lower_loss(seed: int, samples: int, scale: float, multi_label: bool) -> None:
     generator = np.random.default_rng(seed)
     logits = scale * generator.normal(size=(samples, 3))

@@ -56,7 +56,7 @@ def test_examples_in_the_docstrings_are_true() -> None:
 
 
 @given(tied_rows())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_weighted_figures_equal_scikit_learn_on_weighted_and_on_repeated_rows(rows) -> None:
     logits, positives, weights = rows
     ap, auc = weighted_ap_and_auc(logits, positives, weights)
@@ -74,7 +74,7 @@ def test_weighted_figures_equal_scikit_learn_on_weighted_and_on_repeated_rows(ro
 
 
 @given(tied_rows())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_weighted_s2_equals_that_of_repeated_rows(rows) -> None:
     logits, positives, weights = rows
     weighted = s2(logits > 0, positives, weights)
@@ -84,7 +84,7 @@ def test_weighted_s2_equals_that_of_repeated_rows(rows) -> None:
 
 
 @given(tied_rows())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_order_of_the_rows_does_not_matter(rows) -> None:
     logits, positives, weights = rows
     assume(len(set(positives)) == 2)
