@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mor_kernels.blocks import cdiv, precision
+from mor_kernels.launch import launch
 from mor_kernels.ranks import RankLayout, dot, gate_and_save, load_stacked, rank_product, store_tile
 from mor_kernels.tables import choose
 
@@ -55,8 +56,11 @@ def branch(
     rows, width = x.shape
     out_width = b.shape[1]
     blocks = choose("branch", x, layout.columns)
-    branch_kernel[(cdiv(rows, blocks.rows),)](
-        x, a, router_weight, router_bias, b, bias, y, h, gates, rows, width, out_width, x.stride(0),
+    launch(
+        branch_kernel,
+        (cdiv(rows, blocks.rows),),
+        (x, a, router_weight, router_bias, b, bias, y, h, gates),
+        (rows, width, out_width, x.stride(0)),
         **layout.constants,
         COLS=layout.columns, HAS_BIAS=bias is not None, HAS_ROUTER_BIAS=router_bias is not None,
         PRECISION=precision(x), BLOCK_T=blocks.rows, BLOCK_K=blocks.inner, BLOCK_O=blocks.columns,

@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mor_kernels.blocks import cdiv, precision, slice_rows
+from mor_kernels.launch import launch
 from mor_kernels.ranks import RankLayout, dot, load_stacked, load_tile, saved_factor, store_tile
 from mor_kernels.tables import choose
 from mor_kernels.weight_grad import db_slice
@@ -131,9 +132,11 @@ def dy_side(
         partial_b = dy.new_empty(slices, layout.rank_sum, out_width, dtype=torch.float32)
         partial_bias = dy.new_empty(slices * row_programs, layout.gates, dtype=torch.float32)
     programs = row_programs + (column_programs if with_weights else 0)
-    dy_side_kernel[(slices * programs,)](
-        dy, b, h, gates, a, router_weight, dz, dx, partial_b, partial_bias,
-        rows, out_width, width, dy.stride(0), per_slice,
+    launch(
+        dy_side_kernel,
+        (slices * programs,),
+        (dy, b, h, gates, a, router_weight, dz, dx, partial_b, partial_bias),
+        (rows, out_width, width, dy.stride(0), per_slice),
         **layout.constants,
         COLS=layout.columns, RANK_COLS=layout.rank_columns, WITH_DX=dx is not None, WITH_WEIGHTS=with_weights,
         PRECISION=precision(dy), BLOCK_T=blocks.rows, BLOCK_O=blocks.inner, BLOCK_K=blocks.columns,

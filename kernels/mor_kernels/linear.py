@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from mor_kernels.branch import branch
 from mor_kernels.dy_side import dy_side
 from mor_kernels.matmul_tail import matmul_tail
-from mor_kernels.ranks import INTERPRETED, rank_layout
+from mor_kernels.ranks import INTERPRETED, RankLayout, rank_layout
 from mor_kernels.shrink import shrink
 from mor_kernels.tables import FUSED_FORMS, choose_forms
 from mor_kernels.weight_grad import sum_partials, x_partials
@@ -29,6 +29,7 @@ from mor_kernels.weight_grad import sum_partials, x_partials
 MAX_COLUMNS = 64  # sum of ranks + router outputs
 FORMS = ("auto", *FUSED_FORMS)
 PLAIN = (Tensor, nn.Parameter)
+CONTIGUOUS = torch.contiguous_format
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -62,7 +63,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y (..., O), h (..., R), gates (..., G)."""
     layout = rank_layout(tuple(ranks), tuple(scaling), bypass)
-    y, h, gates = _outputs(x, weight, ranks, scaling, bypass)
+    y, h, gates = _outputs(x, weight, layout)
     if y.numel() == 0:
         return y, h, gates
     x = _rows(x)
@@ -121,11 +122,8 @@ def _backward(
     return dx, da, db, drouter, drouter_bias
 
 
-def _outputs(
-    x: Tensor, weight: Tensor, ranks: Sequence[int], scaling: Sequence[float], bypass: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _outputs(x: Tensor, weight: Tensor, layout: RankLayout) -> tuple[Tensor, Tensor, Tensor]:
     """Room for y, h and gates."""
-    layout = rank_layout(tuple(ranks), tuple(scaling), bypass)
     lead = x.shape[:-1]
     return (
         x.new_empty(*lead, weight.shape[0]),
@@ -146,7 +144,7 @@ def _gradients(
     """Room for dx, dA, dB, d router_weight and d router_bias; empty tensors for those nobody asked for."""
 
     def like(t: Tensor | None, wanted: bool) -> Tensor:
-        return t.new_empty(t.shape) if wanted and t is not None else x.new_empty(0)
+        return torch.empty_like(t, memory_format=CONTIGUOUS) if wanted and t is not None else x.new_empty(0)
 
     da, db, drouter, drouter_bias = (like(t, with_weights) for t in (a, b, router_weight, router_bias))
     return like(x, with_dx), da, db, drouter, drouter_bias
@@ -158,7 +156,7 @@ linear_backward = library.custom_op("mor_kernels::linear_backward", _backward, m
 
 @linear_forward.register_fake
 def _(x, weight, bias, a, b, router_weight, router_bias, ranks, scaling, bypass, form):  # type: ignore[no-untyped-def]
-    return _outputs(x, weight, ranks, scaling, bypass)
+    return _outputs(x, weight, rank_layout(tuple(ranks), tuple(scaling), bypass))
 
 
 @linear_backward.register_fake

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mor_kernels.blocks import cdiv, precision
+from mor_kernels.launch import launch
 from mor_kernels.matmul_tail_tma import can_use, matmul_tail_tma
 from mor_kernels.ranks import dot, load_stacked, load_tile, store_tile
 from mor_kernels.tables import choose
@@ -65,10 +66,11 @@ def matmul_tail(
     if blocks.persistent and can_use(v, weight, columns):
         matmul_tail_tma(v, weight, u, first, second, bias, out, blocks)
         return
-    grid = (cdiv(rows, blocks.rows) * cdiv(columns, blocks.columns),)
-    matmul_tail_kernel[grid](
-        v, weight, u, first, second, bias, out, rows, width, columns,
-        v.stride(0), weight.stride(0), weight.stride(1),
+    launch(
+        matmul_tail_kernel,
+        (cdiv(rows, blocks.rows) * cdiv(columns, blocks.columns),),
+        (v, weight, u, first, second, bias, out),
+        (rows, width, columns, v.stride(0), weight.stride(0), weight.stride(1)),
         FIRST=first.shape[0], SECOND=0 if second is None else second.shape[0], TAIL=u.shape[1],
         HAS_BIAS=bias is not None, PRECISION=precision(v),
         BLOCK_T=blocks.rows, BLOCK_K=blocks.inner, BLOCK_N=blocks.columns, GROUP=8, **blocks.options,

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mor_kernels.blocks import cdiv, precision
+from mor_kernels.launch import launch
 from mor_kernels.ranks import RankLayout, gate_and_save, rank_product, store_tile
 from mor_kernels.tables import choose
 
@@ -45,8 +46,11 @@ def shrink(
     rows, width = x.shape
     gated = x.new_empty(rows, layout.rank_columns)
     blocks = choose("shrink", x, layout.columns)
-    shrink_kernel[(cdiv(rows, blocks.rows),)](
-        x, a, router_weight, router_bias, h, gates, gated, rows, width, x.stride(0),
+    launch(
+        shrink_kernel,
+        (cdiv(rows, blocks.rows),),
+        (x, a, router_weight, router_bias, h, gates, gated),
+        (rows, width, x.stride(0)),
         **layout.constants,
         COLS=layout.columns, RANK_COLS=layout.rank_columns, HAS_ROUTER_BIAS=router_bias is not None,
         PRECISION=precision(x), BLOCK_T=blocks.rows, BLOCK_K=blocks.inner, **blocks.options,

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mor_kernels.blocks import cdiv, precision, slice_rows
+from mor_kernels.launch import launch
 from mor_kernels.ranks import RankLayout, dot, load_tile, power_of_two, saved_factor, store_tile
 from mor_kernels.tables import choose
 
@@ -104,8 +105,11 @@ def x_partials(x: Tensor, dz: Tensor, layout: RankLayout) -> Tensor:
     slices = cdiv(rows, per_slice)
     stacked = layout.rank_sum + layout.gates
     partial = x.new_empty(slices, stacked, width, dtype=torch.float32)
-    weight_grad_kernel[(cdiv(width, blocks.columns), slices)](
-        x, dz, partial, rows, width, x.stride(0), per_slice,
+    launch(
+        weight_grad_kernel,
+        (cdiv(width, blocks.columns), slices),
+        (x, dz, partial),
+        (rows, width, x.stride(0), per_slice),
         STACKED=stacked, COLS=layout.columns, PRECISION=precision(x),
         BLOCK_T=blocks.inner, BLOCK_D=blocks.columns, **blocks.options,
     )  # fmt: skip
@@ -121,10 +125,12 @@ def sum_partials(
     depth, block = 8, 256
     with_bias = drouter_bias is not None
     grid = (cdiv(size_b, block) + cdiv(size_x, block) + int(with_bias),)
-    sum_partials_kernel[grid](
-        partial_b, partial_x, partial_bias, db, da, drouter, drouter_bias,
-        partial_b.shape[0], partial_x.shape[0], partial_bias.shape[0] if partial_bias is not None else 0,
-        size_b, size_a, size_x,
+    counts = (partial_b.shape[0], partial_x.shape[0], partial_bias.shape[0] if partial_bias is not None else 0)
+    launch(
+        sum_partials_kernel,
+        grid,
+        (partial_b, partial_x, partial_bias, db, da, drouter, drouter_bias),
+        (*counts, size_b, size_a, size_x),
         GATES=layout.gates, GATE_COLS=power_of_two(max(layout.gates, 1), 1), WITH_BIAS=with_bias,
         DEPTH=depth, BLOCK=block, enable_fp_fusion=True,
     )  # fmt: skip
