@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed
+import torch.distributed.nn  # before there is a group, which it would keep; threads of it may abort a process that ends
 import torch.multiprocessing
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -183,14 +184,17 @@ def in_one_process(process: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=process, world_size=2)
     try:
-        problem = Problem(18, 24, 40)
-        model = nn.parallel.DistributedDataParallel(Layer(problem))
-        half = slice(9 * process, 9 * process + 9)
-        model(problem.tensors["x"][half]).backward(problem.tensors["dy"][half])
-        found = {name: p.grad for name, p in model.module.named_parameters() if p.grad is not None}
-        torch.save(found, f"{folder}/{process}.pt")
+        torch.save(gradients_of_half(process), f"{folder}/{process}.pt")
     finally:
         torch.distributed.destroy_process_group()
+
+
+def gradients_of_half(process: int) -> dict[str, Tensor]:
+    problem = Problem(18, 24, 40)
+    model = nn.parallel.DistributedDataParallel(Layer(problem))
+    half = slice(9 * process, 9 * process + 9)
+    model(problem.tensors["x"][half]).backward(problem.tensors["dy"][half])
+    return {name: p.grad for name, p in model.module.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.slow

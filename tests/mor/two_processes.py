@@ -11,6 +11,7 @@ import tempfile
 import timm
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before there is a group, which it would keep; threads of it may abort a process that ends
 import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -52,6 +53,12 @@ def train(model: nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
 
 def work(process_index: int, how: str, kind: str, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=process_index, world_size=2)
+    compare(process_index, how, kind, folder)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def compare(process_index: int, how: str, kind: str, folder: str) -> None:
     images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     alone, _ = build(kind)
     expected = train(alone, images)
@@ -73,8 +80,6 @@ def work(process_index: int, how: str, kind: str, folder: str) -> None:
     fresh, _ = build(kind)
     mor.load(fresh, f"{folder}/{process_index}")
     torch.testing.assert_close(fresh(images), alone(images), atol=1e-4, rtol=1e-4)
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
