@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 BACKENDS = ("auto", "eager", "concat", "triton")
 
@@ -59,7 +60,7 @@ def mor_linear(
         backend: "eager" (a loop over the experts, the definition), "concat" (all experts and the router in
             one product, gates on the rank side), "triton" (fused kernels, see kernels/README.md) or "auto":
             "triton" on a CUDA device where it can serve, else "concat". Only "eager" has second derivatives
-            and works under torch.func.
+            and works under torch.func and forward-mode AD, where "auto" takes it.
 
     Returns:
         y, (..., O).
@@ -156,10 +157,14 @@ def choose_backend(
         shape: (T, O, K); "auto" then also heeds what was measured on this card.
 
     Raises:
-        ValueError: the backend is unknown, or "triton" cannot serve; the message says why.
+        ValueError: the backend is unknown, or cannot serve; the message says why.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend != "eager" and _transformed():
+        if backend == "auto":
+            return "eager"
+        raise ValueError(f"backend {backend!r} cannot serve torch.func or forward-mode AD; 'auto' takes 'eager' there")
     if backend == "auto" and device.type != "cuda":
         return "concat"
     if backend in ("eager", "concat"):
@@ -174,6 +179,11 @@ def choose_backend(
         if _kernels().prefers_library(device, dtype, in_features, out_features, rows):
             return "concat"
     return "triton"
+
+
+def _transformed() -> bool:
+    """Whether derivatives other than those of ``backward`` may be asked for: what is written by hand has no others."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _triton_lacks(

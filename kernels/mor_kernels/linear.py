@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, library, nn
 from torch._C._functorch import is_legacy_batchedtensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from mor_kernels.branch import branch
@@ -311,5 +312,7 @@ def _check(
         raise ValueError(f"router_weight must be {need}; got {router_weight if gates else 'a tensor'}")
     if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
         raise ValueError("weight and bias get no gradient here; freeze them with requires_grad_(False)")
+    if forward_ad._current_level >= 0:  # torch would take an operator's tangent for zero
+        raise ValueError("forward-mode derivatives (torch.func.jvp, jacfwd, hessian) do not exist here")
     if x.device.type != "cuda" and not INTERPRETED:
         raise ValueError(f"x must be on a CUDA device, got {x.device}; TRITON_INTERPRET=1 runs on the CPU")

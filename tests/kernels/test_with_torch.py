@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mor_problem import FORMS, NAMES, TOLERANCE, Problem, check, error, leaves, loop, run
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mor_kernels
@@ -277,6 +278,21 @@ def test_a_function_transform_sees_the_operators(device):
     with pytest.warns(UserWarning, match="batching rule"):
         mapped = torch.func.vmap(function)(both)
     assert torch.equal(mapped, torch.stack([function(x) for x in both]))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # with which torch itself loads its rules
+@pytest.mark.parametrize("transform", ["jvp", "dual numbers", "jacfwd"])
+def test_forward_mode_is_refused(transform, device):
+    """An operator's tangent would be zero, without a word."""
+    layer, x = Layer(Problem(4, 8, 6, device=device)), torch.randn(4, 8, device=device)
+    with pytest.raises(ValueError, match="forward-mode derivatives .* do not exist here"):
+        if transform == "jvp":
+            torch.func.jvp(layer, (x,), (x,))
+        elif transform == "jacfwd":
+            torch.func.jacfwd(layer)(x)
+        else:
+            with forward_ad.dual_level():
+                layer(forward_ad.make_dual(x, x))
 
 
 @pytest.mark.parametrize("look", [nullcontext, Seen], ids=["nobody", "a mode in forward"])
