@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, library, nn
 from torch._C._functorch import is_legacy_batchedtensor
+from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
@@ -216,6 +217,7 @@ def _watched(tensors: Sequence[Tensor | None]) -> bool:
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or _get_current_dispatch_mode() is not None
+        or _len_torch_dispatch_stack_pre_dispatch() > 0
         or torch._C._are_functorch_transforms_active()
         or any(t is not None and (type(t) not in PLAIN or is_legacy_batchedtensor(t)) for t in tensors)
     )

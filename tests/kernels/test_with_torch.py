@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from mor_problem import FORMS, NAMES, TOLERANCE, Problem, check, error, leaves, loop, run
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mor_kernels
@@ -346,6 +347,16 @@ def test_a_trace_holds_the_operator(device):
     traced = torch.jit.trace(layer, x, check_trace=False)
     assert "mor_kernels::linear_forward" in [node.kind() for node in traced.graph.nodes()]
     assert torch.equal(traced(2 * x), layer(2 * x))
+
+
+@pytest.mark.parametrize("pre_dispatch", [False, True])
+def test_a_graph_of_fx_holds_the_operator(pre_dispatch, device):
+    """Its kernels are no operators: without it they would be missing in the graph."""
+    problem = Problem(5, 8, 6, device=device)
+    layer, x = Layer(problem), problem.tensors["x"]
+    graph = make_fx(layer, tracing_mode="real", pre_dispatch=pre_dispatch)(x)
+    assert torch.ops.mor_kernels.linear_forward.default in [node.target for node in graph.graph.nodes]
+    assert torch.equal(graph(2 * x), layer(2 * x))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
