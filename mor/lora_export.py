@@ -156,7 +156,7 @@ def _export(
 ) -> LoraReport:
     layers = mor_layers(model)
     _refuse_unfit(layers)
-    parts, tensors = tensors_to_save(model, extra)
+    parts, tensors = tensors_to_save(model, extra, stacklevel=4)
     modules = modules_to_save(parts, list(layers), model.state_dict())
     tensors = {name: tensors[name] for name in parts}
     batches = _some("batches", batches)

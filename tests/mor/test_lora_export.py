@@ -104,8 +104,11 @@ def test_the_cost_on_other_data(trained, images, tmp_path):
 def test_the_head_goes_along(trained, vit, images, tmp_path):
     trained.head.requires_grad_(True)
     nn.init.normal_(trained.head.weight)
-    with pytest.warns(UserWarning, match="trainable but not saved: head.bias, head.weight; name them with extra="):
+    with pytest.warns(
+        UserWarning, match="trainable but not saved: head.bias, head.weight; name them with extra="
+    ) as warned:
         to_lora(trained, [images], tmp_path)
+    assert [warning.filename for warning in warned] == [__file__]
     to_lora(with_constant_gates(trained), [images], tmp_path, extra="head.*")
     torch.testing.assert_close(plain_lora(vit, tmp_path)(images), trained(images), rtol=1e-4, atol=1e-4)
 
