@@ -4,6 +4,7 @@ Shapes: T rows (all tokens), K in, O out, E experts, R sum of ranks, G router ou
 bypass, which is the last). ``A`` (R, K) and ``B`` (R, O) hold the experts' rows one expert after the other.
 """
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cache
@@ -87,7 +88,7 @@ def mor_linear(
         columns=len(A) + (0 if router_weight is None else len(router_weight)),
         trains_base=weight.requires_grad or (bias is not None and bias.requires_grad),
         has_expert_input=expert_input is not None,
-        shape=(x.shape[:-1].numel(), *weight.shape),
+        shape=(math.prod(x.shape[:-1]), *weight.shape),  # Size.numel would make free sizes constants of a graph
     )
     if backend == "triton":
         parameters = (A, B, router_weight, router_bias)  # cast inside the kernels, where that costs nothing
