@@ -429,7 +429,7 @@ def test_borrowed_projections_are_refused(way, tmp_path):
 # Compiled models
 
 
-@pytest.mark.parametrize("what", ["afterwards", "before", "a block"])
+@pytest.mark.parametrize("what", ["afterwards", "before", "a block", "in place"])
 def test_compiled_models(vit, images, tmp_path, what):
     plain = copy.deepcopy(vit)
     if what == "before":
@@ -438,6 +438,11 @@ def test_compiled_models(vit, images, tmp_path, what):
         model = compiled = randomised(inject(vit, ["qkv", "fc"]))
         if what == "a block":
             model.blocks[1] = torch.compile(model.blocks[1], backend="eager")
+        elif what == "in place":
+            torch.compiler.reset()
+            model.compile(backend="eager")
+            with torch.no_grad():  # a graph that knows of no hooks
+                model(images)
         else:
             compiled = torch.compile(model, backend="eager")
     modules = [id(module) for module in compiled.modules()]
