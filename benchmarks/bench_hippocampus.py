@@ -88,6 +88,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "hippocampus.json")
     arguments = parser.parse_args()
     manifest = arguments.folder / "manifest.csv"
+    if not manifest.is_file():
+        parser.error(f"{manifest} is no file; examples/04_hippocampus_planes.py writes it")
     made_by, started, seeds = setup(VERSIONS, CODE), time.perf_counter(), {}
     for seed in range(arguments.seeds):
         with tempfile.TemporaryDirectory() as folder:

@@ -119,10 +119,12 @@ def load(model: Model, directory: str | os.PathLike[str]) -> Model:
     return model
 
 
-def tensors_to_save(model: nn.Module, extra: str | Sequence[str]) -> tuple[list[str], dict[str, Tensor]]:
+def tensors_to_save(
+    model: nn.Module, extra: str | Sequence[str], *, stacklevel: int = 3
+) -> tuple[list[str], dict[str, Tensor]]:
     """Names of the parts that ``extra`` means or that were loaded, and copies of these and the adapters on the CPU.
 
-    Parameters that are trainable and not among them give a warning.
+    Parameters that are trainable and not among them give a warning, with ``stacklevel`` as in :func:`warnings.warn`.
     """
     model = original(model)
     state, injection = model.state_dict(), find_injection(model)
@@ -136,7 +138,7 @@ def tensors_to_save(model: nn.Module, extra: str | Sequence[str]) -> tuple[list[
     if quantised := [name for name in saved if _is_quantised(state[name])]:
         raise ValueError(f"extra must name plain tensors, but these are quantised: {_few(quantised)}; leave them out")
     if left_out := sorted(set(trainable_parameters(model)) - set(saved)):
-        warnings.warn(f"trainable but not saved: {_few(left_out)}; name them with extra=", stacklevel=3)
+        warnings.warn(f"trainable but not saved: {_few(left_out)}; name them with extra=", stacklevel=stacklevel)
     return extra_names, {name: portable(state[name]) for name in saved}
 
 

@@ -4,6 +4,7 @@ Shapes: T rows (all tokens), K in, O out, E experts, R sum of ranks, G router ou
 bypass, which is the last). ``A`` (R, K) and ``B`` (R, O) hold the experts' rows one expert after the other.
 """
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cache
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 BACKENDS = ("auto", "eager", "concat", "triton")
 
@@ -59,7 +61,7 @@ def mor_linear(
         backend: "eager" (a loop over the experts, the definition), "concat" (all experts and the router in
             one product, gates on the rank side), "triton" (fused kernels, see kernels/README.md) or "auto":
             "triton" on a CUDA device where it can serve, else "concat". Only "eager" has second derivatives
-            and works under torch.func.
+            and works under torch.func and forward-mode AD, where "auto" takes it.
 
     Returns:
         y, (..., O).
@@ -86,7 +88,7 @@ def mor_linear(
         columns=len(A) + (0 if router_weight is None else len(router_weight)),
         trains_base=weight.requires_grad or (bias is not None and bias.requires_grad),
         has_expert_input=expert_input is not None,
-        shape=(x.shape[:-1].numel(), *weight.shape),
+        shape=(math.prod(x.shape[:-1]), *weight.shape),  # Size.numel would make free sizes constants of a graph
     )
     if backend == "triton":
         parameters = (A, B, router_weight, router_bias)  # cast inside the kernels, where that costs nothing
@@ -156,10 +158,14 @@ def choose_backend(
         shape: (T, O, K); "auto" then also heeds what was measured on this card.
 
     Raises:
-        ValueError: the backend is unknown, or "triton" cannot serve; the message says why.
+        ValueError: the backend is unknown, or cannot serve; the message says why.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend != "eager" and _transformed():
+        if backend == "auto":
+            return "eager"
+        raise ValueError(f"backend {backend!r} cannot serve torch.func or forward-mode AD; 'auto' takes 'eager' there")
     if backend == "auto" and device.type != "cuda":
         return "concat"
     if backend in ("eager", "concat"):
@@ -174,6 +180,11 @@ def choose_backend(
         if _kernels().prefers_library(device, dtype, in_features, out_features, rows):
             return "concat"
     return "triton"
+
+
+def _transformed() -> bool:
+    """Whether derivatives other than those of ``backward`` may be asked for: what is written by hand has no others."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _triton_lacks(

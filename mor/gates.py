@@ -68,7 +68,7 @@ class GateRecord:
 
 @contextmanager
 def record_gates(model: nn.Module) -> Iterator[GateRecord]:
-    """Record what every router of the model does within the context.
+    """Record what every router of the model does within the context. Compiled parts run as they were written meanwhile.
 
     For a model that peft wrapped, give it the one that :func:`mor.peft_plugin.as_injected` makes of it.
 
@@ -97,7 +97,9 @@ def record_gates(model: nn.Module) -> Iterator[GateRecord]:
 
     handles = [layer.register_forward_pre_hook(hook(name), with_kwargs=True) for name, layer in layers.items()]
     try:
-        yield record
+        # What was compiled before would pass by the hooks.
+        with torch.compiler.set_stance("force_eager"):
+            yield record
     finally:
         for handle in handles:
             handle.remove()

@@ -12,7 +12,7 @@ from mor.hosts import HostChange, lost_hosts, prepare, restore
 from mor.inspection import check, refuse_adapted
 from mor.layer import MoRLinear, has_hooks, mor_layers, set_requires_grad
 from mor.roles import resolve
-from mor.wrappers import original, refuse_peft
+from mor.wrappers import original, refuse_distributed, refuse_peft
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -66,7 +66,8 @@ def inject(
     Raises:
         ValueError: a target or exclusion matches nothing (the message lists candidates), a block does not
             exist, a layer could not be adapted or would never be called by the module around it, an adapter is
-            found dead with ``example``, or the model has Mixture-of-Ranks layers, or peft's, already.
+            found dead with ``example``, or the model has Mixture-of-Ranks layers, or peft's, already, or was given
+            to DistributedDataParallel or fully_shard.
         TypeError: an argument is of another kind.
 
     >>> block = nn.ModuleDict({"attn": nn.Identity(), "mlp": nn.ModuleDict({"fc1": nn.Linear(8, 32)})})
@@ -91,6 +92,7 @@ def inject_names(model: nn.Module, names: Iterable[str], config: MoRConfig, back
     """Adapt exactly the layers of these full names, all or none; freeze everything else."""
     requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     names = tuple(names)
+    refuse_distributed(model)
     _refuse_hooks(model, names)
     host_changes: tuple[HostChange, ...] = ()
     adapted: dict[nn.Module, MoRLinear] = {}

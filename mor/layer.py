@@ -130,8 +130,10 @@ class MoRLinear(nn.Module):
             f"bypass={config.bypass}",
             f"backend={backend}",
         ]
-        if self._calls_base or not is_matrix(weight):
+        if self._calls_base:
             parts.append("base is called")
+        elif not is_matrix(weight):  # sharded by FSDP2, whose forward has it in whole, or quantised since
+            parts.append(f"base is called while its weight is a {type(weight).__name__} of {weight.dtype}")
         if config.dropout:
             parts.append(f"dropout={config.dropout}")
         if not self.enabled:

@@ -156,7 +156,7 @@ def _export(
 ) -> LoraReport:
     layers = mor_layers(model)
     _refuse_unfit(layers)
-    parts, tensors = tensors_to_save(model, extra)
+    parts, tensors = tensors_to_save(model, extra, stacklevel=4)
     modules = modules_to_save(parts, list(layers), model.state_dict())
     tensors = {name: tensors[name] for name in parts}
     batches = _some("batches", batches)
@@ -417,7 +417,8 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.no_grad():
+        # What was compiled before would pass by the hooks.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         for module, mode in training.items():

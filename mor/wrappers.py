@@ -1,6 +1,7 @@
-"""What others put around a model: the module that torch.compile gives back, and peft's models and layers.
+"""What others put around a model: the module that torch.compile gives back, peft's models and layers, and torch's for
+several processes.
 
-Neither torch's compiler nor peft is imported for it: who has not imported them has no such module.
+Nothing is imported for it: who has not imported them has no such module.
 """
 
 import sys
@@ -30,6 +31,21 @@ def refuse_peft(model: nn.Module, instead: str) -> None:
     )
     if any(isinstance(module, kinds) for module in model.modules()):
         raise ValueError(f"this is a peft model; use {instead}")
+
+
+def refuse_distributed(model: nn.Module) -> None:
+    """Raise ValueError if processes share the training of the model already: they would not share new parameters'."""
+    kinds = (
+        _class("torch.nn.parallel.distributed", "DistributedDataParallel"),
+        _class("torch.distributed.fsdp", "FullyShardedDataParallel"),
+    )
+    wrapped = (type(module).__name__ for module in model.modules() if isinstance(module, tuple(filter(None, kinds))))
+    sharded = (f"fully_shard ({name})" for name, p in model.named_parameters() if hasattr(p, "full_tensor"))
+    if by := next(wrapped, None) or next(sharded, None):
+        raise ValueError(
+            f"the model was given to {by} already, which would leave new adapters out: every process would train its"
+            " own; call mor.inject or mor.load on the plain model first"
+        )
 
 
 def _class(module: str, name: str) -> Any:

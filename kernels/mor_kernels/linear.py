@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, library, nn
 from torch._C._functorch import is_legacy_batchedtensor
+from torch._ops import _len_torch_dispatch_stack_pre_dispatch
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from mor_kernels.branch import branch
@@ -213,6 +215,7 @@ def _watched(tensors: Sequence[Tensor | None]) -> bool:
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or _get_current_dispatch_mode() is not None
+        or _len_torch_dispatch_stack_pre_dispatch() > 0
         or torch._C._are_functorch_transforms_active()
         or any(t is not None and (type(t) not in PLAIN or is_legacy_batchedtensor(t)) for t in tensors)
     )
@@ -309,5 +312,7 @@ def _check(
         raise ValueError(f"router_weight must be {need}; got {router_weight if gates else 'a tensor'}")
     if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
         raise ValueError("weight and bias get no gradient here; freeze them with requires_grad_(False)")
+    if forward_ad._current_level >= 0:  # torch would take an operator's tangent for zero
+        raise ValueError("forward-mode derivatives (torch.func.jvp, jacfwd, hessian) do not exist here")
     if x.device.type != "cuda" and not INTERPRETED:
         raise ValueError(f"x must be on a CUDA device, got {x.device}; TRITON_INTERPRET=1 runs on the CPU")

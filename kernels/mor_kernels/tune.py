@@ -13,7 +13,8 @@ graphs on a cold L2 cache, calls taking turns. The table that is written goes on
 
     TRITON_INTERPRET=1 python -m mor_kernels.tune --device cpu     tries the whole path; its times mean nothing
 
-The file is written anew after every kernel and every linear, so a run that is killed leaves what it had found.
+The file is written anew after every kernel and every linear, so a run that is killed leaves what it had found. A file
+that is there already is not replaced.
 
 Shapes: T rows (all tokens), K in, O out, R sum of ranks, G router outputs.
 """
@@ -173,6 +174,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     out = options.out or Path(tables.file_name(gpu))
     if options.device == "cpu" and out.resolve().parent == SHIPPED.resolve():
         parser.error(f"--out must not be in {SHIPPED}: the interpreter's times mean nothing")
+
+    if out.exists():  # or a run that is killed would leave a part in the place of a whole table
+        parser.error(f"--out {out} exists already; move it away, or name another file")
 
     content: dict[str, Any] = {"gpu": gpu, "made": made(capability)}  # the commit is read before anything is measured
     if options.device == "cpu":

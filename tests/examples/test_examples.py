@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import get_args
 
+import bench_hippocampus
 import numpy as np
 import pytest
 from bench_methods import METHODS
@@ -121,6 +122,13 @@ def volumes(tmp_path) -> Path:
         case=[f"case{k:02d}" for k in range(24)],
     )
     return tmp_path / "volumes.npz"
+
+
+def test_the_benchmark_of_planes_says_what_writes_its_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench_hippocampus.py", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        bench_hippocampus.main()
+    assert "manifest.csv is no file; examples/04_hippocampus_planes.py writes it" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -192,6 +192,17 @@ def test_tiles_leave_some_time_for_forms(device):
     assert not run.out_of_time
 
 
+def test_a_table_that_is_there_stays(device, tmp_path, capsys):
+    """A run that is killed early would put a part in its place."""
+    if device == "cuda":
+        pytest.skip("needs the interpreter")
+    (tmp_path / "table.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        tune.main([*ARGUMENTS, "--out", str(tmp_path / "table.json")])
+    assert "table.json exists already; move it away, or name another file" in capsys.readouterr().err
+    assert (tmp_path / "table.json").read_text() == "{}"
+
+
 def test_a_file_that_cannot_be_written_is_known_before_anything_is_measured(device, tmp_path, capsys):
     if device == "cuda":
         pytest.skip("needs the interpreter")

@@ -13,6 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mor_problem import FORMS, NAMES, TOLERANCE, Problem, check, error, leaves, loop, run
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mor_kernels
@@ -283,6 +285,21 @@ def test_a_function_transform_sees_the_operators(device):
     assert torch.equal(mapped, torch.stack([function(x) for x in both]))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # with which torch itself loads its rules
+@pytest.mark.parametrize("transform", ["jvp", "dual numbers", "jacfwd"])
+def test_forward_mode_is_refused(transform, device):
+    """An operator's tangent would be zero, without a word."""
+    layer, x = Layer(Problem(4, 8, 6, device=device)), torch.randn(4, 8, device=device)
+    with pytest.raises(ValueError, match="forward-mode derivatives .* do not exist here"):
+        if transform == "jvp":
+            torch.func.jvp(layer, (x,), (x,))
+        elif transform == "jacfwd":
+            torch.func.jacfwd(layer)(x)
+        else:
+            with forward_ad.dual_level():
+                layer(forward_ad.make_dual(x, x))
+
+
 @pytest.mark.parametrize("look", [nullcontext, Seen], ids=["nobody", "a mode in forward"])
 def test_second_derivatives_are_refused(look, device):
     """Whoever looked on in forward may not do so in backward, and a part of a second derivative would be wrong."""
@@ -334,6 +351,16 @@ def test_a_trace_holds_the_operator(device):
     traced = torch.jit.trace(layer, x, check_trace=False)
     assert "mor_kernels::linear_forward" in [node.kind() for node in traced.graph.nodes()]
     assert torch.equal(traced(2 * x), layer(2 * x))
+
+
+@pytest.mark.parametrize("pre_dispatch", [False, True])
+def test_a_graph_of_fx_holds_the_operator(pre_dispatch, device):
+    """Its kernels are no operators: without it they would be missing in the graph."""
+    problem = Problem(5, 8, 6, device=device)
+    layer, x = Layer(problem), problem.tensors["x"]
+    graph = make_fx(layer, tracing_mode="real", pre_dispatch=pre_dispatch)(x)
+    assert torch.ops.mor_kernels.linear_forward.default in [node.target for node in graph.graph.nodes]
+    assert torch.equal(graph(2 * x), layer(2 * x))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

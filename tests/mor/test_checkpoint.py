@@ -215,8 +215,11 @@ def test_layers_in_two_places(tmp_path):
 
 def test_a_trained_head_is_not_forgotten_in_silence(trained, tmp_path):
     trained.head.requires_grad_(True)
-    with pytest.warns(UserWarning, match="trainable but not saved: head.bias, head.weight; name them with extra="):
+    with pytest.warns(
+        UserWarning, match="trainable but not saved: head.bias, head.weight; name them with extra="
+    ) as warned:
         save(trained, tmp_path)
+    assert [warning.filename for warning in warned] == [__file__]
     save(trained, tmp_path, extra="head.*")
 
 

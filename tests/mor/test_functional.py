@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mor import functional, mor_linear
 from mor.functional import choose_backend, mor_branch
@@ -336,6 +337,40 @@ def test_second_derivatives_are_right_or_refused():
     assert second_derivative("eager").abs().sum() > 0
     with pytest.raises(RuntimeError, match="no second derivatives .* set backend='eager'"):
         second_derivative("concat")
+
+
+def along(function, x, tangent):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(function(forward_ad.make_dual(x, tangent))).tangent
+
+
+TRANSFORMS = {
+    "jvp": lambda function, x: torch.func.jvp(function, (x,), (x.cos(),))[1],
+    "dual numbers": lambda function, x: along(function, x, x.cos()),
+    "jacfwd": lambda function, x: torch.func.jacfwd(function)(x),
+    "hessian": lambda function, x: torch.func.hessian(lambda x: function(x).square().sum())(x),
+    "gradients of each row": lambda function, x: torch.func.vmap(torch.func.grad(lambda x: function(x).sum()))(x),
+    "compiled": lambda function, x: torch.compile(
+        lambda x: torch.func.jvp(function, (x,), (x.cos(),))[1], backend="aot_eager"
+    )(x),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # with which torch itself loads its rules
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_function_transforms_are_right_or_refused(transform):
+    """A tangent that is dropped would be a zero without a word."""
+    tensors, spec = operands(shape=(3,), K=4, O=5, ranks=(1, 2))
+    x = tensors.pop("x")
+
+    def transformed(function, **options):
+        return transform(lambda x: function(x=x, **tensors, **spec, **options), x)
+
+    right = transformed(expected)
+    for backend in ("eager", "auto"):
+        torch.testing.assert_close(transformed(mor_linear, backend=backend), right)
+    with pytest.raises(ValueError, match="backend 'concat' cannot serve torch.func or forward-mode AD; 'auto' takes"):
+        transformed(mor_linear, backend="concat")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -108,6 +108,19 @@ def test_needs_routers():
         pass
 
 
+@pytest.mark.parametrize("part", ["model", "blocks"])
+def test_what_was_compiled_and_run_before_is_recorded(vit, images, part):
+    inject(vit, "fc1")
+    torch.compiler.reset()
+    for module in [vit] if part == "model" else vit.blocks:
+        module.compile(backend="eager")
+    with torch.no_grad():
+        vit(images)
+        with record_gates(vit) as record:
+            vit(images)
+    assert list(record.summary()) == [f"blocks.{i}.mlp.fc1" for i in range(3)]
+
+
 def test_a_compiled_model_has_the_names_of_the_original(vit, images):
     inject(vit, "fc1")
     with record_gates(torch.compile(vit, backend="eager")) as record:

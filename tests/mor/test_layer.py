@@ -232,6 +232,20 @@ def test_a_base_with_a_forward_of_its_own_is_called(base, dtype):
     assert torch.equal(layer(x), layer.base(x))
 
 
+class Sharded(torch.Tensor):
+    """As FSDP2 keeps a parameter but for forward and backward, when it is whole."""
+
+
+def test_repr_does_not_say_what_sharding_does_outside_of_forward():
+    layer, seen = MoRLinear(nn.Linear(7, 5)), []
+    layer.register_forward_hook(lambda *_: seen.append(repr(layer)))
+    whole, layer.base.weight = layer.base.weight, nn.Parameter(layer.base.weight.as_subclass(Sharded), False)
+    assert "base is called while its weight is a Sharded of torch.float32" in repr(layer)
+    layer.base.weight = whole
+    layer(torch.randn(3, 7))
+    assert "base is called" not in seen[0]
+
+
 def test_adapters_of_integers_are_fp32():
     layer = MoRLinear(Quantised(nn.Linear(7, 5)))
     assert layer.mor_A.dtype == torch.float32 and layer.weight.dtype == torch.int8

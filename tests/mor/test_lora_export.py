@@ -104,8 +104,11 @@ def test_the_cost_on_other_data(trained, images, tmp_path):
 def test_the_head_goes_along(trained, vit, images, tmp_path):
     trained.head.requires_grad_(True)
     nn.init.normal_(trained.head.weight)
-    with pytest.warns(UserWarning, match="trainable but not saved: head.bias, head.weight; name them with extra="):
+    with pytest.warns(
+        UserWarning, match="trainable but not saved: head.bias, head.weight; name them with extra="
+    ) as warned:
         to_lora(trained, [images], tmp_path)
+    assert [warning.filename for warning in warned] == [__file__]
     to_lora(with_constant_gates(trained), [images], tmp_path, extra="head.*")
     torch.testing.assert_close(plain_lora(vit, tmp_path)(images), trained(images), rtol=1e-4, atol=1e-4)
 
@@ -426,7 +429,7 @@ def test_borrowed_projections_are_refused(way, tmp_path):
 # Compiled models
 
 
-@pytest.mark.parametrize("what", ["afterwards", "before", "a block"])
+@pytest.mark.parametrize("what", ["afterwards", "before", "a block", "in place"])
 def test_compiled_models(vit, images, tmp_path, what):
     plain = copy.deepcopy(vit)
     if what == "before":
@@ -435,6 +438,11 @@ def test_compiled_models(vit, images, tmp_path, what):
         model = compiled = randomised(inject(vit, ["qkv", "fc"]))
         if what == "a block":
             model.blocks[1] = torch.compile(model.blocks[1], backend="eager")
+        elif what == "in place":
+            torch.compiler.reset()
+            model.compile(backend="eager")
+            with torch.no_grad():  # a graph that knows of no hooks
+                model(images)
         else:
             compiled = torch.compile(model, backend="eager")
     modules = [id(module) for module in compiled.modules()]

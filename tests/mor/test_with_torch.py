@@ -216,6 +216,15 @@ def test_exported(build, images):
     assert sum("mor_" in name for name, _ in exported.named_parameters()) == len(trainable_parameters(model))
 
 
+@pytest.mark.parametrize("backend", ["eager", "concat"])
+def test_exported_for_any_number_of_images(vit, images, backend):
+    model = inject(vit.eval(), "all", backend=backend)
+    perturb(model)
+    exported = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("B")},)).module()
+    more = torch.cat([images, -images, images])
+    torch.testing.assert_close(exported(more), model(more), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["vit", "clip"])
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])

@@ -46,3 +46,29 @@ def test_what_to_use_with_peft(peft_model, images, tmp_path):
     ):
         with pytest.raises(ValueError, match=f"this is a peft model; use .*{instead}"):
             call()
+
+
+class Sharded(torch.Tensor):
+    """What tells the parameters of fully_shard."""
+
+    def full_tensor(self):
+        return self
+
+
+@pytest.mark.parametrize("by", ["DistributedDataParallel", "fully_shard"])
+def test_what_processes_share_already_gets_no_adapters(vit, by, tmp_path):
+    """They would not average the gradients of new parameters."""
+    save(inject(copy.deepcopy(vit), "qkv"), tmp_path)
+    if by == "fully_shard":
+        model = vit
+        vit.head.weight = nn.Parameter(vit.head.weight.detach().as_subclass(Sharded))
+    else:
+        model = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+        nn.Module.__init__(model)
+        model.module = vit
+    with pytest.raises(ValueError, match=f"given to {by}.* call mor.inject or mor.load on the plain model first"):
+        inject(model, "qkv")
+    if by == "fully_shard":
+        with pytest.raises(ValueError, match="given to fully_shard"):
+            load(model, tmp_path)
+    assert all(parameter.requires_grad for parameter in vit.parameters())
