@@ -185,6 +185,7 @@ def test_one_sentence_and_code_1(words, message, capsys):
         ("demo --seed -1 --out nowhere", "ei demo: seed must be at least 0 and below 2 to the 63rd, got -1"),
         ("train --image-size 1000000", "ei train: image_size must be at most 8192, got 1000000"),
         ("train --lr inf", "ei train: lr must be finite, got inf"),
+        ("train --lr 1e300", "ei train: lr must be between -1000000000 and 1000000000, got 1e+300"),
         ("train --mean 0,nan,0", "ei train: mean must be finite, got (0.0, nan, 0.0)"),
         ("train --alphas 1,inf,1", "ei train: alphas must be finite, got (1.0, inf, 1.0)"),
         ("train --fusion joint --joint-weight inf", "ei train: joint_weight must be finite, got inf"),
