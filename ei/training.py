@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ei.compilation import compile_backbones, require_compiler
-from ei.config import GATED, Config, DataConfig
+from ei.config import GATED, TWO_STAGES, Config, DataConfig
 from ei.data.balance import inverse_frequencies
 from ei.data.loaders import TrainingSteps, samples_at_once
 from ei.data.manifest import Manifest, Row, read_manifest
@@ -200,7 +200,8 @@ class Stages:
         if stage1:
             assert isinstance(model, LateFusion)
             model.start_from(stage1, auxiliary)
-        Loop(both, model, folder, "stage 2", prior or None).run()
+        title = "stage 2" if self.config.model.fusion in TWO_STAGES else "training"
+        Loop(both, model, folder, title, prior or None).run()
         self.finish(folder, {})
 
     def finish(self, folder: StageFolder, notes: Mapping[str, Any]) -> None:

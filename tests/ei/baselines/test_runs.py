@@ -40,8 +40,9 @@ def config(lasting_manifest: Path, study_config: Callable[..., Config], small: d
 def test_a_run(config, tmp_path: Path, capsys: pytest.CaptureFixture[str], fusion: str) -> None:
     run = train(config(fusion), tmp_path / "run")
     note = f"note: fusion '{fusion}' has no first stage, so stages is '2'"
-    two_stages = fusion == "late-average"
-    assert (note in capsys.readouterr().out) == (not two_stages)
+    two_stages, told = fusion == "late-average", capsys.readouterr().out
+    assert (note in told) == (not two_stages)
+    assert ("\nstage 2, epoch 1/1  loss" in told, "\ntraining, epoch 1/1  loss" in told) == (two_stages, not two_stages)
     assert Config.load(run / "config.yaml").train.stages == ("both" if two_stages else "2")
     assert (run / "stage1").exists() == two_stages
     record = json.loads((run / "stage2/metrics.jsonl").read_text().splitlines()[-1])
@@ -58,7 +59,8 @@ def test_a_run(config, tmp_path: Path, capsys: pytest.CaptureFixture[str], fusio
         {"fused"} | ({"cfp", "oct"} if "modality" in own else set()) | ({"weight"} if weighs else set())
     )
     assert ("weight:oct" in columns) == weighs
-    assert fusion in (run / "report.html").read_text()
+    page = (run / "report.html").read_text()
+    assert fusion in page and ("Stage 2" in page) == two_stages
     gates = json.loads((run / "gates.json").read_text())
     whose = {"late-average": {"primary/cfp", "primary/oct"}, "unimodel": {"encoder/cfp+oct"}}
     assert set(gates) == whose.get(fusion, {"encoders/cfp", "encoders/oct"})
