@@ -43,7 +43,10 @@ def read_run(run: Path) -> RunFiles:
     """
     folder = require_run(run)
     if not folder.metrics.is_file():
-        raise ValueError(f"{run} has not been evaluated yet ({folder.metrics} is missing); 'ei evaluate {run}' does it")
+        raise ValueError(
+            f"{run} has not been evaluated yet ({folder.metrics} is missing); 'ei evaluate {run}' does it, with"
+            " --manifest and --out if its own manifest has neither val nor test rows"
+        )
     metrics = _read_metrics(folder.metrics)
     stages = {f"Stage 1, {name}": folder.stage1(name) for name in metrics["modalities"]}
     stages |= {f"Stage 1, auxiliary {name}": folder.stage1(name, auxiliary=True) for name in metrics["modalities"]}

@@ -373,4 +373,7 @@ def test_metrics_as_text(finished, tmp_path):
     lines = metrics_table(finished)
     assert lines[0] == "val: 6 samples, patients: 3, no intervals (fewer than 5 patients, or --bootstrap 0)"
     assert any(line.startswith("fused") and "[" in line for line in lines)
-    assert "has not been evaluated" in metrics_table(tmp_path)[0]
+    assert metrics_table(tmp_path) == [
+        f"{tmp_path} has not been evaluated, because its manifest has neither val nor test rows;"
+        f" 'ei evaluate {tmp_path} --manifest OTHER --out FOLDER' does it on other samples"
+    ]
