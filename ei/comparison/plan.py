@@ -19,6 +19,7 @@ from ei.runs.folder import RunFolder
 from ei.runs.loading import data_hashes, stage1_taken_over
 from ei.runs.setup import differences, require_measurable, require_usable, resolved, resumes
 from ei.runtime import choose_device
+from ei.training import require_negatives
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ def make_plan(config: Config, names: Sequence[str], *, seeds: int, out: Path) ->
                 own = method.applied(replace(config, data=data, train=replace(config.train, seed=seed)))
                 # Resolved as training does it, which may depend on the method.
                 own = resolved(own, manifest)
+                require_negatives(own)
                 cells.append(Cell(method, fold, own, out / method.folder / fold / f"seed-{seed}", hashes))
         require_measurable(manifest, alone=any(cell.config.train.stages == "both" for cell in cells[-len(methods) :]))
     plan = Plan(

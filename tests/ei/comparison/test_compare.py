@@ -450,6 +450,13 @@ def test_a_folder_that_was_moved(
     assert content["methods"][1]["cost"]["seconds"] == sum(note["seconds"] for note in notes)
 
 
+def test_a_joint_embedding_without_negatives_is_refused_before_others_are_trained(
+    manifest: Path, study_config: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="with fusion 'joint', two or more samples"):
+        make_plan(study_config(manifest, batch_size=1), ["late", "joint"], seeds=1, out=tmp_path / "out")
+
+
 def test_a_first_stage_from_elsewhere_is_not_mistaken_for_one_of_this_folder(
     manifest: Path, study_config: Any, tmp_path: Path, pretended: list[Path]
 ) -> None:
