@@ -450,6 +450,24 @@ def test_a_folder_that_was_moved(
     assert content["methods"][1]["cost"]["seconds"] == sum(note["seconds"] for note in notes)
 
 
+@pytest.mark.fault("a comparison that has moved, and another in its place", "its costs are its own")
+def test_another_comparison_where_a_moved_one_was(
+    manifest: Path, study_config: Any, tmp_path: Path, pretended: list[Path]
+) -> None:
+    config, out, moved = study_config(manifest), tmp_path / "out", tmp_path / "moved"
+    compare(config, ["ei", "late"], out, seeds=1)
+    for stage in (out / "late/seed-0").glob("stage1/*"):
+        (stage / "metrics.jsonl").unlink()  # as where it is taken over and not trained
+    shutil.copytree(out, moved)
+    (moved / "late/seed-0/cell.json").unlink()
+    for path in out.glob("ei/seed-0/stage1/*/metrics.jsonl"):
+        path.write_text(path.read_text().replace('"seconds": 2.0', '"seconds": 100.0'))
+    compare(config, ["ei", "late"], moved, seeds=1)
+    source = Config.load(moved / "late/seed-0/config.yaml").train.stage1_from
+    assert source == str(moved / "ei/seed-0")
+    assert json.loads((moved / "late/seed-0/cell.json").read_text())["seconds"] == 6
+
+
 def test_a_joint_embedding_without_negatives_is_refused_before_others_are_trained(
     manifest: Path, study_config: Any, tmp_path: Path
 ) -> None:
