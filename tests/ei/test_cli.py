@@ -196,6 +196,20 @@ def test_a_setting_that_cannot_be_is_one_sentence(words, message, capsys):
     assert capsys.readouterr().err == f"{message}\n"
 
 
+@pytest.mark.fault("a folder to write to that lies below a file", "one sentence, and nothing is done")
+@pytest.mark.parametrize(
+    "words",
+    ["phantom", "demo", "train --manifest {study} --modalities cfp,oct", "predict {run} --manifest {study}"],
+)
+def test_a_file_where_a_folder_must_be(words, lasting_manifest, finished, tmp_path, capsys):
+    file = tmp_path / "file"
+    file.write_text("years of work")
+    given = words.format(study=lasting_manifest, run=finished).split()
+    assert run([*given, "--out", str(file / "below")]) == 1
+    error = f"ei {given[0]}: {file} exists and is not a folder; choose another with --out\n"
+    assert capsys.readouterr().err == error and file.read_text() == "years of work"
+
+
 @pytest.mark.fault("a share of the rows that is none", "one sentence, before torch is there")
 @pytest.mark.parametrize("shard", ["abc", "0/2", "3/2", "2-8", "/"])
 def test_a_share_is_looked_at_first(shard):
