@@ -21,6 +21,8 @@ from ei.runs.setup import differences, require_measurable, require_usable, resol
 from ei.runtime import choose_device
 from ei.training import require_negatives
 
+MOST_SEEDS = 1000
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -64,8 +66,8 @@ def make_plan(config: Config, names: Sequence[str], *, seeds: int, out: Path) ->
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("a comparison runs in one process; start it without torchrun, or several on parts of methods")
-    if seeds < 1:
-        raise ValueError(f"seeds must be at least 1, got {seeds}")
+    if not 1 <= seeds <= MOST_SEEDS:
+        raise ValueError(f"seeds must be between 1 and {MOST_SEEDS}, got {seeds}")
     _require_own(out, names)
     methods = find_methods(names, config)
     manifests = _read_folds(config)
