@@ -162,6 +162,10 @@ def test_flags_alone(manifest, tmp_path):
         (["report", "nowhere"], "nowhere is no run: there is no such folder"),
         (["params", "--modalities", "a", "--classes", "4", "--backbone", "tiny"], "at least two"),
         (["params", "--modalities", "a,b", "--classes", "0", "--backbone", "tiny"], "num_classes must be at least 1"),
+        (
+            ["params", "--modalities", "a,b", "--classes", f"1{20 * '0'}", "--backbone", "tiny"],
+            "at most 1000000, got 1",
+        ),
     ],
 )
 def test_one_sentence_and_code_1(words, message, capsys):
