@@ -9,10 +9,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from ei.config import DataConfig
+from ei.data.formats.picture import PICTURE_SUFFIXES
 from ei.data.listed import Fault, counted
 from ei.data.manifest import FAULTS_SHOWN, ManifestError, read_manifest, read_text
 
-_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".npy", ".nii", ".nii.gz", ".dcm")
+_IMAGE_SUFFIXES = (*PICTURE_SUFFIXES, ".npy", ".nii", ".nii.gz", ".dcm")
+_OTHER_SUFFIXES = (".bmp", ".gif", ".webp", ".jp2", ".pdf", ".npz", ".mha", ".nrrd")
+"""Images that are not read, which is to be told and not to be passed over."""
 _NO_IMAGES = ("id", "patient", "split")
 
 
@@ -95,7 +98,7 @@ def image_columns(path: Path, besides: Sequence[str]) -> tuple[str, ...]:
         for row in csv.DictReader(io.StringIO(read_text(path), newline="")):
             for column, cell in row.items():
                 if isinstance(cell, str) and cell.strip() and column:
-                    names.setdefault(column.strip(), cell.strip().lower().endswith(_IMAGE_SUFFIXES))
+                    names.setdefault(column.strip(), cell.strip().lower().endswith(_IMAGE_SUFFIXES + _OTHER_SUFFIXES))
     except csv.Error as error:
         raise ValueError(f"cannot read {path}: {error}; name the columns with --modalities to see more") from error
     if not names:

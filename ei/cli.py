@@ -261,7 +261,9 @@ def demo(words: Sequence[str]) -> None:
 def phantom(words: Sequence[str]) -> None:
     command = _parse(Draw, "phantom", words)
     from ei.data.phantom import CLASSES, MODALITIES, attainable_accuracy, write_phantom
+    from ei.runs.setup import require_usable
 
+    require_usable(command.out)
     manifest = write_phantom(command.out, command.phantom)
     best = ", ".join(f"{view} {value:.3f}" for view, value in attainable_accuracy(command.phantom).items())
     where = " where nothing is missing" if command.phantom.missing else ""

@@ -17,6 +17,10 @@ from ei.intensity import Intensity
 SHIPPED = Path(__file__).with_name("configs")
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+LARGEST = 10**9
+"""Beyond this no number of a setting means anything; float32, which torch computes in, ends at 3e38."""
+LARGEST_SIZE = 10**6
+"""The same of a width, or a number of layers."""
 
 
 def _from_one_word(**how: Any) -> Any:
@@ -172,7 +176,7 @@ class DataConfig:
             # Folders and columns of results are named after modalities.
             usable = not modality.startswith(".") and modality not in ("fused", "weight")
             _require(usable, "modalities", "called other than fused, weight, or with a dot first", modality)
-        _require_finite(self)
+        _require_sane(self)
 
     @property
     def multi_label(self) -> bool:
@@ -282,6 +286,7 @@ class ModelConfig:
         of_peft = self.adapter.startswith(OF_PEFT)
         known = f"one of {', '.join(ADAPTERS)}, or {OF_PEFT}NAME"
         _require(self.adapter in ADAPTERS or (of_peft and self.adapter != OF_PEFT), "adapter", known, self.adapter)
+        _require(0 <= self.dropout < 1, "dropout", "at least 0 and below 1", self.dropout)
         _require(self.prompts >= 1, "prompts", "at least 1", self.prompts)
         numbers = all(block >= 0 for block in self.blocks) and len(set(self.blocks)) == len(self.blocks)
         _require(numbers, "blocks", "different numbers from 0 on", self.blocks)
@@ -305,7 +310,7 @@ class ModelConfig:
             _refuse_idle(self, ("share_adapters",), "adapter 'frozen'")
         if not self.aux_backbone:
             _refuse_idle(self, ("aux_weights",), "no aux_backbone")
-        _require_finite(self)
+        _require_sane(self, largest_size=LARGEST_SIZE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -384,7 +389,7 @@ class BaselineConfig:
         _require(all(width >= 1 for width in self.early_hidden), "early_hidden", "positive", self.early_hidden)
         if not self.mmrad_prompts:
             _refuse_idle(self, ("mmrad_prompt_width",), "mmrad_prompts off")
-        _require_finite(self)
+        _require_sane(self, largest_size=LARGEST_SIZE)
 
     @classmethod
     def of(cls, fusion: str) -> list[str]:
@@ -474,7 +479,7 @@ class TrainConfig:
         _require(self.compile in ("off", "on", "graphs"), "compile", "'off', 'on' or 'graphs'", self.compile)
         _require(self.save_minutes >= 0, "save_minutes", "at least 0", self.save_minutes)
         _require(0 <= self.seed < 2**63, "seed", "at least 0 and below 2 to the 63rd", self.seed)
-        _require(self.workers >= 0, "workers", "at least 0", self.workers)
+        _require(0 <= self.workers <= 1024, "workers", "between 0 and 1024", self.workers)
         _require(not (self.stage1_from and self.stages == "2"), "stages", "'both' with stage1_from", self.stages)
         if self.optimizer != "sgd":
             _refuse_idle(self, ("momentum",), f"optimizer '{self.optimizer}'")
@@ -482,7 +487,7 @@ class TrainConfig:
             _refuse_idle(self, ("gate_prior",), "gate_weight 0")
         elif self.stages == "2" and not self.gate_prior:
             _refuse_idle(self, ("gate_weight",), "stages '2' and no gate_prior")
-        _require_finite(self, but=("save_minutes",))
+        _require_sane(self, but=("save_minutes", "seed"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -617,11 +622,16 @@ def _require(condition: bool, name: str, requirement: str, value: object) -> Non
         raise ValueError(f"{name} must be {requirement}, got {value!r}")
 
 
-def _require_finite(settings: Any, but: Collection[str] = ()) -> None:
+def _require_sane(settings: Any, *, largest_size: int = LARGEST, but: Collection[str] = ()) -> None:
+    """Every number is finite, and not so large that torch cannot hold it; integers have a limit of their own."""
     for item in fields(settings):
         value = getattr(settings, item.name)
-        numbers = [number for number in (value if isinstance(value, tuple) else (value,)) if isinstance(number, float)]
-        _require(item.name in but or all(map(math.isfinite, numbers)), item.name, "finite", value)
+        for number in (value if isinstance(value, tuple) else (value,)) if item.name not in but else ():
+            if isinstance(number, float):
+                _require(math.isfinite(number), item.name, "finite", value)
+                _require(abs(number) <= LARGEST, item.name, f"between -{LARGEST} and {LARGEST}", value)
+            elif isinstance(number, int):
+                _require(number <= largest_size, item.name, f"at most {largest_size}", value)
 
 
 def _refuse_idle(settings: Any, names: Sequence[str], other: str) -> None:

@@ -27,6 +27,7 @@ from torch import nn
 from ei.config import Config, DataConfig, ModelConfig, TrainConfig
 from ei.models import load_backbone
 from ei.progress import say, track
+from ei.runs.setup import require_usable
 from ei.runtime import seed_everything
 from ei.training import train
 
@@ -57,6 +58,7 @@ def run_demo(out: Path, seed: int = 0) -> dict[str, Any]:
     say(f"It tells the ten digits apart with an accuracy of {accuracy:.3f} on digits that it has not seen.\n")
 
     config = demo_config(manifest, weights, seed)
+    say("A digit is in several pairs, so that the same image is that of several patients: here, that note is no fault.")
     say("Training with INT.")
     with_int = train(config, out / "ei")
     say("\nTraining without INT, from the same stage 1.")
@@ -186,8 +188,9 @@ def comparison(results: dict[str, dict[str, dict[str, float]]]) -> list[str]:
 
 
 def _make_folder(out: Path) -> None:
+    require_usable(out)
     if out.exists():
-        if not out.is_dir() or (any(out.iterdir()) and not (out / MARKER).is_file()):
+        if any(out.iterdir()) and not (out / MARKER).is_file():
             raise ValueError(f"{out} exists and was not made by the demo; choose another with --out")
         shutil.rmtree(out)
     out.mkdir(parents=True)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ei.compilation import compile_backbones, require_compiler
-from ei.config import GATED, Config, DataConfig
+from ei.config import GATED, TWO_STAGES, Config, DataConfig
 from ei.data.balance import inverse_frequencies
 from ei.data.loaders import TrainingSteps, samples_at_once
 from ei.data.manifest import Manifest, Row, read_manifest
@@ -90,6 +90,7 @@ def train(config: Config, run: str | Path) -> Path:
         manifest = read_manifest(config.data.manifest, config.data)
     tell_warnings(manifest, config.data.manifest)
     config = resolved(config, manifest)
+    require_negatives(config, processes.count)
     require_measurable(manifest, alone=config.train.stages == "both")
     tell_rows(manifest)
     processes.first(lambda: resumes(folder, config))
@@ -200,7 +201,8 @@ class Stages:
         if stage1:
             assert isinstance(model, LateFusion)
             model.start_from(stage1, auxiliary)
-        Loop(both, model, folder, "stage 2", prior or None).run()
+        title = "stage 2" if self.config.model.fusion in TWO_STAGES else "training"
+        Loop(both, model, folder, title, prior or None).run()
         self.finish(folder, {})
 
     def finish(self, folder: StageFolder, notes: Mapping[str, Any]) -> None:
@@ -432,6 +434,16 @@ class Loop:
             )
         if changed:
             say(f"note: weights may differ in their last bits from those of an unbroken run: {', '.join(changed)}")
+
+
+def require_negatives(config: Config, processes: int = 1) -> None:
+    """Raise a ValueError if a contrastive loss would have nothing to tell a sample from."""
+    has_loss = config.model.fusion == "joint" and config.baseline.joint_weight > 0
+    if has_loss and samples_at_once(config.train, processes) == 1:
+        raise ValueError(
+            "with fusion 'joint', two or more samples must go through the model at once, because its contrastive loss"
+            " tells each from the others; raise batch_size or micro_batch, or set joint_weight to 0"
+        )
 
 
 def class_weights(rows: Sequence[Row], data: DataConfig) -> Tensor | None:

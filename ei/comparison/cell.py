@@ -64,14 +64,20 @@ class Cell:
         return replace(config, train=replace(config.train, bootstrap=begun.bootstrap))
 
     def follow_moved_folder(self) -> None:
-        """Write down anew where its first stage comes from, if that has moved together with the comparison's folder."""
+        """Write down anew where its first stage comes from, if that has moved together with the comparison's folder.
+
+        Another comparison may lie where it was. That a first stage comes from elsewhere is known by there being none
+        of this comparison's own in its place.
+        """
         path = RunFolder(self.folder).config
         source = self.begun.train.stage1_from if path.is_file() else ""
-        if not source or Path(source).is_dir():
+        if not source:
             return
         depth = 3 if self.fold else 2
         moved = self.folder.parents[depth - 1].joinpath(*Path(source).parts[-depth:])
-        if moved.is_dir():
+        theirs = RunFolder(moved).config
+        is_other = str(moved.resolve()) != source
+        if is_other and theirs.is_file() and not Config.load(theirs, of_run=True).train.stage1_from:
             begun = self.begun
             replace(begun, train=replace(begun.train, stage1_from=str(moved.resolve()))).save(path)
 

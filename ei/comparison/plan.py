@@ -19,6 +19,9 @@ from ei.runs.folder import RunFolder
 from ei.runs.loading import data_hashes, stage1_taken_over
 from ei.runs.setup import differences, require_measurable, require_usable, resolved, resumes
 from ei.runtime import choose_device
+from ei.training import require_negatives
+
+MOST_SEEDS = 1000
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,8 @@ def make_plan(config: Config, names: Sequence[str], *, seeds: int, out: Path) ->
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("a comparison runs in one process; start it without torchrun, or several on parts of methods")
-    if seeds < 1:
-        raise ValueError(f"seeds must be at least 1, got {seeds}")
+    if not 1 <= seeds <= MOST_SEEDS:
+        raise ValueError(f"seeds must be between 1 and {MOST_SEEDS}, got {seeds}")
     _require_own(out, names)
     methods = find_methods(names, config)
     manifests = _read_folds(config)
@@ -86,6 +89,7 @@ def make_plan(config: Config, names: Sequence[str], *, seeds: int, out: Path) ->
                 own = method.applied(replace(config, data=data, train=replace(config.train, seed=seed)))
                 # Resolved as training does it, which may depend on the method.
                 own = resolved(own, manifest)
+                require_negatives(own)
                 cells.append(Cell(method, fold, own, out / method.folder / fold / f"seed-{seed}", hashes))
         require_measurable(manifest, alone=any(cell.config.train.stages == "both" for cell in cells[-len(methods) :]))
     plan = Plan(

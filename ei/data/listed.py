@@ -138,6 +138,6 @@ def _lookalikes(ours: Sequence[ListedFile], theirs: Sequence[ListedFile]) -> Ite
 
 
 def shortened(found: list[Fault], what: str) -> list[Fault]:
-    """The first of many, and how many more there are."""
-    more = len(found) - _SHOWN
-    return [*found[:_SHOWN], Fault(0, f"{more} more {what}")] if more > 0 else found
+    """The first of many, and how many there are."""
+    count = len(found)
+    return [*found[:_SHOWN], Fault(0, f"{count} {what}; {_SHOWN} of them are told")] if count > _SHOWN else found

@@ -105,6 +105,11 @@ def evaluate(run: str | Path, manifest: str | Path | None = None, out: str | Pat
 
 def _own_rows(folder: RunFolder, config: Config) -> tuple[Manifest, dict[str, list[Row]]]:
     """The run's manifest, and the rows of its splits that are evaluated."""
+    if not Path(config.data.manifest).exists():
+        raise ValueError(
+            f"the manifest of {folder.path}, '{config.data.manifest}', does not exist; if it has moved, write where it"
+            f" is now into {folder.config}, or evaluate on another table with --manifest and --out"
+        )
     manifest = read_manifest(config.data.manifest, config.data, classes=config.data.classes)
     if changed := changed_data(best_checkpoint(folder).notes, config, manifest):
         raise ValueError(

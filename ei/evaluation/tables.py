@@ -51,7 +51,10 @@ def metrics_table(run: str | Path) -> list[str]:
     """The overall figures of a run as lines of text, with their 95 % intervals; says so if there are none."""
     folder = RunFolder(Path(run))
     if not folder.metrics.is_file():
-        return [f"{folder.path} has not been evaluated"]
+        return [
+            f"{folder.path} has not been evaluated, because its manifest has neither val nor test rows;"
+            f" 'ei evaluate {folder.path} --manifest OTHER --out FOLDER' does it on other samples"
+        ]
     metrics = json.loads(folder.metrics.read_text(encoding="utf-8"))
     names = ["mAP", "mAUC", "mS2", "accuracy"]
     width = max(len("fused"), *map(len, metrics["modalities"]))

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import get_args
 
-from ei.config import Config, Fusion
+from ei.config import LARGEST_SIZE, Config, Fusion
 from ei.models.backbone import Backbone, adapted, load_backbone
 from ei.models.early_intervention import EarlyIntervention
 from ei.models.fusion import LateFusion
@@ -53,8 +53,8 @@ def build_model(
     'EarlyIntervention'
     """
     modalities = config.data.modalities
-    if num_classes < 1:
-        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+    if not 1 <= num_classes <= LARGEST_SIZE:
+        raise ValueError(f"num_classes must be at least 1 and at most {LARGEST_SIZE}, got {num_classes}")
     if modality is not None and modality not in modalities:
         raise ValueError(f"modality must be one of {list(modalities)}, got '{modality}'")
     trunk = trunk or load_backbone(config.model, config.data.image_size)

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from ei.config import TWO_STAGES, ModelConfig
 from ei.exports import plain
 from ei.runs.folder import require_run
 
@@ -42,14 +43,19 @@ def read_run(run: Path) -> RunFiles:
     """
     folder = require_run(run)
     if not folder.metrics.is_file():
-        raise ValueError(f"{run} has not been evaluated yet ({folder.metrics} is missing); 'ei evaluate {run}' does it")
+        raise ValueError(
+            f"{run} has not been evaluated yet ({folder.metrics} is missing); 'ei evaluate {run}' does it, with"
+            " --manifest and --out if its own manifest has neither val nor test rows"
+        )
     metrics = _read_metrics(folder.metrics)
     stages = {f"Stage 1, {name}": folder.stage1(name) for name in metrics["modalities"]}
     stages |= {f"Stage 1, auxiliary {name}": folder.stage1(name, auxiliary=True) for name in metrics["modalities"]}
-    stages |= {"Stage 2": folder.stage2}
+    config = _read_config(folder.config)
+    has_two = config.get("model", {}).get("fusion", ModelConfig.fusion) in TWO_STAGES
+    stages |= {"Stage 2" if has_two else "Training": folder.stage2}
     return RunFiles(
         name=run.resolve().name,
-        config=_read_config(folder.config),
+        config=config,
         metrics=metrics,
         stages={title: read_epochs(stage.history) for title, stage in stages.items() if stage.history.exists()},
         predictions=_read_predictions(folder.predictions, metrics) if folder.predictions.exists() else [],

@@ -114,6 +114,9 @@ def _what_else(path: Path) -> str:
         return f"it holds what the first stage of another predicts; name {source}"
     if below := next(_runs_below(path), None):
         return f"it is a folder of runs; name one of them, such as {below}"
+    cells = (cell for pattern in ("seed-*/", "*/seed-*/") for cell in sorted(path.glob(pattern)))
+    if source := next(filter(None, map(_source_of_cell, cells)), None):
+        return f"it holds what the first stages of others predict; name one of them, such as {source}"
     return f"it has no {RunFolder(path).config.name}"
 
 

@@ -128,6 +128,8 @@ def test_which_columns_name_images(tmp_path: Path) -> None:
     path = tmp_path / "m.csv"
     path.write_text('id,a,label,b ,c,split\nx.png,,l.png,"1.nii.gz;2.nii.gz",no,t\ny,A.DCM,z,2,c.png,t\n')
     assert image_columns(path, besides=("label",)) == ("b", "a")
+    path.write_text("id,a,b\nx,1.webp,1.png\n")
+    assert image_columns(path, besides=()) == ("a", "b")  # that a cannot be read is told
     path.write_text("id,label\na,b\n")
     with pytest.raises(ValueError, match="no column of .* names images; name them with --modalities"):
         image_columns(path, besides=())

@@ -162,6 +162,10 @@ def test_flags_alone(manifest, tmp_path):
         (["report", "nowhere"], "nowhere is no run: there is no such folder"),
         (["params", "--modalities", "a", "--classes", "4", "--backbone", "tiny"], "at least two"),
         (["params", "--modalities", "a,b", "--classes", "0", "--backbone", "tiny"], "num_classes must be at least 1"),
+        (
+            ["params", "--modalities", "a,b", "--classes", f"1{20 * '0'}", "--backbone", "tiny"],
+            "at most 1000000, got 1",
+        ),
     ],
 )
 def test_one_sentence_and_code_1(words, message, capsys):
@@ -185,6 +189,7 @@ def test_one_sentence_and_code_1(words, message, capsys):
         ("demo --seed -1 --out nowhere", "ei demo: seed must be at least 0 and below 2 to the 63rd, got -1"),
         ("train --image-size 1000000", "ei train: image_size must be at most 8192, got 1000000"),
         ("train --lr inf", "ei train: lr must be finite, got inf"),
+        ("train --lr 1e300", "ei train: lr must be between -1000000000 and 1000000000, got 1e+300"),
         ("train --mean 0,nan,0", "ei train: mean must be finite, got (0.0, nan, 0.0)"),
         ("train --alphas 1,inf,1", "ei train: alphas must be finite, got (1.0, inf, 1.0)"),
         ("train --fusion joint --joint-weight inf", "ei train: joint_weight must be finite, got inf"),
@@ -193,6 +198,20 @@ def test_one_sentence_and_code_1(words, message, capsys):
 def test_a_setting_that_cannot_be_is_one_sentence(words, message, capsys):
     assert run(words.split()) == 1
     assert capsys.readouterr().err == f"{message}\n"
+
+
+@pytest.mark.fault("a folder to write to that lies below a file", "one sentence, and nothing is done")
+@pytest.mark.parametrize(
+    "words",
+    ["phantom", "demo", "train --manifest {study} --modalities cfp,oct", "predict {run} --manifest {study}"],
+)
+def test_a_file_where_a_folder_must_be(words, lasting_manifest, finished, tmp_path, capsys):
+    file = tmp_path / "file"
+    file.write_text("years of work")
+    given = words.format(study=lasting_manifest, run=finished).split()
+    assert run([*given, "--out", str(file / "below")]) == 1
+    error = f"ei {given[0]}: {file} exists and is not a folder; choose another with --out\n"
+    assert capsys.readouterr().err == error and file.read_text() == "years of work"
 
 
 @pytest.mark.fault("a share of the rows that is none", "one sentence, before torch is there")

@@ -280,6 +280,18 @@ def test_a_missing_file_is_named(tmp_path):
         (TrainConfig, {"lr": 1e-6}, "lr_low must be positive and at most lr"),
         (TrainConfig, {"batch_size": 0}, "batch_size must be at least 1"),
         (TrainConfig, {"momentum": 1}, "momentum must be"),
+        (TrainConfig, {"lr": 1e300}, r"lr must be between -1000000000 and 1000000000, got 1e\+300"),
+        (TrainConfig, {"weight_decay": 1e300}, "weight_decay must be between"),
+        (TrainConfig, {"bootstrap": 10**26}, "bootstrap must be at most 1000000000, got 1"),
+        (TrainConfig, {"batch_size": 10**26}, "batch_size must be at most"),
+        (TrainConfig, {"workers": 100_000}, "workers must be between 0 and 1024, got 100000"),
+        (DataConfig, {"mean": (0.5, -1e300, 0.5)}, "mean must be between"),
+        (DataConfig, {"balance": "weights", "class_weights": (1.0, 1e300)}, "class_weights must be between"),
+        (ModelConfig, {"dropout": 1}, "dropout must be at least 0 and below 1, got 1"),
+        (ModelConfig, {"ranks": (2, 10**26)}, "ranks must be at most 1000000, got"),
+        (ModelConfig, {"int_hidden": 10**12}, "int_hidden must be at most 1000000, got"),
+        (BaselineConfig, {"early_hidden": (512, 10**10)}, "early_hidden must be at most 1000000, got"),
+        (BaselineConfig, {"joint_weight": 1e300}, "joint_weight must be between"),
     ],
 )
 def test_values_that_make_no_sense(kind, fields, message):
@@ -308,6 +320,11 @@ def test_models_know_missing_modalities_from_the_table_or_from_dropout():
 def test_saved_files_are_plain_yaml(tmp_path):
     Config().save(tmp_path / "c.yaml")
     assert list(yaml.safe_load((tmp_path / "c.yaml").read_text())) == ["data", "model", "train", "baseline"]
+
+
+def test_large_numbers_that_can_be_meant() -> None:
+    """Epochs without an end, a learning rate without a cycle."""
+    TrainConfig(epochs=10**9, patience=10**9, cycle_epochs=1e9, save_minutes=1e300, seed=2**63 - 1)
 
 
 def test_a_run_may_never_be_saved_within_an_epoch() -> None:

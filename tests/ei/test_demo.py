@@ -9,6 +9,7 @@ from ei.cli import run
 from ei.config import DataConfig
 from ei.data.manifest import read_manifest
 from ei.demo import CLASSES, MODALITIES, comparison, run_demo, split_digits, write_pairs
+from ei.runs.setup import tell_warnings
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +74,20 @@ def test_the_table():
     branches = {"fused": figures, "left": figures, "right": {"accuracy": 0.125, "mAP": 1.0}}
     lines = comparison({"without INT": branches, "with INT": {**branches, "right": {"accuracy": 0.75, "mAP": 0.5}}})
     assert lines[4].split() == ["right", "branch", "alone", "0.125", "0.750", "1.000", "0.500"]
+
+
+def test_the_note_about_its_images_is_explained(pairs, capsys, monkeypatch, tmp_path):
+    def train(config, run):
+        tell_warnings(read_manifest(config.data.manifest, config.data), "the pairs")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ei.demo.train", train)
+    monkeypatch.setattr("ei.demo.pretrain", lambda path, seed: (path, 0.9))
+    assert run(["demo", "--out", str(tmp_path)]) == 130
+    explained, _, note, first = capsys.readouterr().out.splitlines()[-4:]
+    assert "the same image is that of several patients: here, that note is no fault" in explained
+    assert note == "note: 51 warnings about the pairs; 'ei check' shows all"
+    assert first == "  file: 1398 images are the same for several patients of one split; 50 of them are told"
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from ei.data.formats import source
 from ei.data.formats.source import ImageError, Slice, require_size
 
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 _FORMATS = ("PNG", "JPEG", "TIFF")
 _OPAQUE_MODES = ("1", "L", "P", "RGB", "CMYK", "YCbCr")
 _ALPHA_MODES = ("LA", "PA", "RGBA")
@@ -70,7 +71,11 @@ def _not_a_picture(path: Path) -> str:
         content = file.read(_DICOM_MARK_AT + 4)
     if not content:
         return "is empty"
-    hint = "; it is DICOM, name it .dcm" if content[_DICOM_MARK_AT:] == b"DICM" else ""
+    hint = ""
+    if content[_DICOM_MARK_AT:] == b"DICM":
+        hint = "; it is DICOM, name it .dcm"
+    elif path.suffix.lower() not in PICTURE_SUFFIXES:
+        hint = "; other files are read by names that end in .npy, .nii, .nii.gz or .dcm"
     return f"is not a PNG, JPEG or TIFF that can be read{hint}"
 
 

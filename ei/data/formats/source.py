@@ -115,7 +115,8 @@ def require_unit_range(values: NDArray[Any]) -> None:
     # Comparisons with NaN are false.
     if not (low >= 0 and high <= 1):
         raise ImageError(
-            f"has float values from {low} to {high}; they must be finite and within 0..1, unless intensity is set"
+            f"has float values from {low} to {high}; they must be finite and within 0..1, unless --intensity is"
+            " LOW:HIGH or percentiles"
         )
 
 

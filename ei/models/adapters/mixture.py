@@ -2,7 +2,7 @@
 
 import mor
 from ei.config import ModelConfig
-from ei.models.adapters.settings import single_rank
+from ei.models.adapters.settings import chosen_blocks, single_rank
 from ei.models.vit import Backbone
 
 
@@ -13,11 +13,11 @@ def mixture_of_ranks(backbone: Backbone, config: ModelConfig) -> None:
     rank 4 without (its balancing loss needs tasks to tell apart, and is left out).
 
     Raises:
-        ValueError: ``config.ranks`` does not go with the adapter, or a target matches nothing.
+        ValueError: ``config.ranks`` does not go with the adapter, a target matches nothing, or there is no such block.
 
     Source: arXiv 2603.17514, section 3.4; LoRAMoE: ACL 2024.
     """
-    layers = config.blocks or None
+    layers = chosen_blocks(backbone, config, ()) if config.blocks else None
     mor.inject(backbone.vit, config.targets, layers=layers, config=_settings(config))
 
 

@@ -15,6 +15,7 @@ from ei import evaluate, predict, train
 from ei.config import BaselineConfig, Config
 from ei.runs.checkpoint import read_checkpoint
 from ei.runs.loading import load
+from ei.training import require_negatives
 
 DOCS = Path(__file__).parents[3] / "docs/baselines.md"
 FUSIONS = ["mm-mil", "coscat", "late-average", "unimodel"]
@@ -40,8 +41,9 @@ def config(lasting_manifest: Path, study_config: Callable[..., Config], small: d
 def test_a_run(config, tmp_path: Path, capsys: pytest.CaptureFixture[str], fusion: str) -> None:
     run = train(config(fusion), tmp_path / "run")
     note = f"note: fusion '{fusion}' has no first stage, so stages is '2'"
-    two_stages = fusion == "late-average"
-    assert (note in capsys.readouterr().out) == (not two_stages)
+    two_stages, told = fusion == "late-average", capsys.readouterr().out
+    assert (note in told) == (not two_stages)
+    assert ("\nstage 2, epoch 1/1  loss" in told, "\ntraining, epoch 1/1  loss" in told) == (two_stages, not two_stages)
     assert Config.load(run / "config.yaml").train.stages == ("both" if two_stages else "2")
     assert (run / "stage1").exists() == two_stages
     record = json.loads((run / "stage2/metrics.jsonl").read_text().splitlines()[-1])
@@ -58,7 +60,8 @@ def test_a_run(config, tmp_path: Path, capsys: pytest.CaptureFixture[str], fusio
         {"fused"} | ({"cfp", "oct"} if "modality" in own else set()) | ({"weight"} if weighs else set())
     )
     assert ("weight:oct" in columns) == weighs
-    assert fusion in (run / "report.html").read_text()
+    page = (run / "report.html").read_text()
+    assert fusion in page and ("Stage 2" in page) == two_stages
     gates = json.loads((run / "gates.json").read_text())
     whose = {"late-average": {"primary/cfp", "primary/oct"}, "unimodel": {"encoder/cfp+oct"}}
     assert set(gates) == whose.get(fusion, {"encoders/cfp", "encoders/oct"})
@@ -95,6 +98,19 @@ def test_a_joint_embedding_does_not_go_on_with_other_negatives(
     with pytest.raises(ValueError, match="begun with 6 samples at once, now there are 2"):
         train(config("joint", unevaluated, micro_batch=2), tmp_path / "run")
     train(config("joint", unevaluated), tmp_path / "run")
+
+
+@pytest.mark.fault("a contrastive loss of one sample at a time", "refused, because there is nothing to tell it from")
+@pytest.mark.parametrize("settings", [{"batch_size": 1}, {"micro_batch": 1}])
+def test_a_joint_embedding_needs_negatives(config, unevaluated: Path, tmp_path: Path, settings: dict) -> None:
+    alone = config("joint", unevaluated, **settings)
+    with pytest.raises(ValueError, match="^with fusion 'joint', two or more samples must go through the model at once"):
+        train(alone, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    require_negatives(replace(alone, baseline=BaselineConfig(joint_weight=0)))
+    require_negatives(config("joint", batch_size=2))
+    with pytest.raises(ValueError, match="at once"):
+        require_negatives(config("joint", batch_size=2), processes=2)
 
 
 def test_retrieval_as_the_docs_have_it(

@@ -308,7 +308,8 @@ def test_folds_that_do_not_fit(folds: list[Path], study_config: Any, tmp_path: P
         ({}, ["uni:cfp"], "'uni:cfp' is the first stage of another method, and none of the others has one"),
         ({}, ["uni:cfp", "late:lora"], "add such as late:mor"),
         ({}, ["ei", "nowhere"], "method 'nowhere': fusion must be"),
-        ({"seeds": 0}, ["ei"], "seeds must be at least 1"),
+        ({"seeds": 0}, ["ei"], "seeds must be between 1 and 1000, got 0"),
+        ({"seeds": 10**12}, ["ei"], "seeds must be between 1 and 1000, got 1000000000000"),
         ({"seeds": 2, "stage1_from": "runs/other"}, ["ei"], "stage1_from is one first stage, of one seed"),
         ({"int_at": 99}, ["late", "ei"], "method 'ei': tokens must enter before"),
     ],
@@ -448,6 +449,31 @@ def test_a_folder_that_was_moved(
     notes = [json.loads(path.read_text()) for path in sorted((moved / "late").rglob("cell.json"))]
     assert all(note["stage1_from"].startswith("../") and note["seconds"] == 6 for note in notes)
     assert content["methods"][1]["cost"]["seconds"] == sum(note["seconds"] for note in notes)
+
+
+@pytest.mark.fault("a comparison that has moved, and another in its place", "its costs are its own")
+def test_another_comparison_where_a_moved_one_was(
+    manifest: Path, study_config: Any, tmp_path: Path, pretended: list[Path]
+) -> None:
+    config, out, moved = study_config(manifest), tmp_path / "out", tmp_path / "moved"
+    compare(config, ["ei", "late"], out, seeds=1)
+    for stage in (out / "late/seed-0").glob("stage1/*"):
+        (stage / "metrics.jsonl").unlink()  # as where it is taken over and not trained
+    shutil.copytree(out, moved)
+    (moved / "late/seed-0/cell.json").unlink()
+    for path in out.glob("ei/seed-0/stage1/*/metrics.jsonl"):
+        path.write_text(path.read_text().replace('"seconds": 2.0', '"seconds": 100.0'))
+    compare(config, ["ei", "late"], moved, seeds=1)
+    source = Config.load(moved / "late/seed-0/config.yaml").train.stage1_from
+    assert source == str(moved / "ei/seed-0")
+    assert json.loads((moved / "late/seed-0/cell.json").read_text())["seconds"] == 6
+
+
+def test_a_joint_embedding_without_negatives_is_refused_before_others_are_trained(
+    manifest: Path, study_config: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="with fusion 'joint', two or more samples"):
+        make_plan(study_config(manifest, batch_size=1), ["late", "joint"], seeds=1, out=tmp_path / "out")
 
 
 def test_a_first_stage_from_elsewhere_is_not_mistaken_for_one_of_this_folder(

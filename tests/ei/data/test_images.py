@@ -488,7 +488,7 @@ FAULTS = {
     "npy that is an npz": "magic",
     "npy with NaN": "from nan to nan",
     "npy with infinity": "to inf",
-    "npy above one": r"to 1\.01; they must be finite and within 0\.\.1",
+    "npy above one": r"to 1\.01; they must be finite and within 0\.\.1, unless --intensity is LOW:HIGH or percentiles$",
     "npy below zero": r"from -0\.01",
     "npy signed": "holds int16, and neither this type nor",
     "npy uint32": "holds uint32, and neither",
@@ -512,6 +512,21 @@ def test_a_bad_file_is_named_with_the_reason(tmp_path: Path, kind: str, reader: 
     with pytest.raises(ImageError, match=FAULTS[kind]) as error:
         reader(path)
     assert str(error.value).startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("a.png", ""), ("a.JPG", "")]
+    + [
+        (f"a{suffix}", "; other files are read by names that end in .npy, .nii, .nii.gz or .dcm")
+        for suffix in (".npz", "")
+    ],
+)
+def test_a_file_of_another_kind(tmp_path: Path, name: str, hint: str) -> None:
+    (tmp_path / name).write_bytes(b"RIFF....WEBP" * 30)
+    with pytest.raises(ImageError) as error:
+        read_image(tmp_path / name)
+    assert str(error.value) == f"{tmp_path / name}: is not a PNG, JPEG or TIFF that can be read{hint}"
 
 
 def test_every_kind_of_good_file_passes_the_check(tmp_path: Path) -> None:

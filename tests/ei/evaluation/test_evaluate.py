@@ -143,6 +143,21 @@ def test_a_manifest_that_was_changed_since_training_is_refused(run):
 
 
 @pytest.mark.fault("an image replaced between training and evaluation", "refused")
+@pytest.mark.fault("a run whose manifest has moved", "the file that names it is named, and what may be done")
+def test_a_manifest_that_has_moved(run):
+    study, there = run.parent / "study", run.parent / "study/manifest.csv"
+    moved = study.rename(run.parent / "moved") / "manifest.csv"
+    with pytest.raises(ValueError) as error:
+        evaluate(run)
+    assert str(error.value) == (
+        f"the manifest of {run}, '{there}', does not exist; if it has moved, write where it is now into"
+        f" {run / 'config.yaml'}, or evaluate on another table with --manifest and --out"
+    )
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace(str(there), str(moved)))
+    evaluate(run)
+
+
 def test_an_image_that_was_changed_since_training_is_refused(run):
     Image.new("L", (8, 8), 99).save(run.parent / "study/test3_oct.png")
     with pytest.raises(ValueError, match="an image of .* is not what it was when .* was trained"):
@@ -358,4 +373,7 @@ def test_metrics_as_text(finished, tmp_path):
     lines = metrics_table(finished)
     assert lines[0] == "val: 6 samples, patients: 3, no intervals (fewer than 5 patients, or --bootstrap 0)"
     assert any(line.startswith("fused") and "[" in line for line in lines)
-    assert "has not been evaluated" in metrics_table(tmp_path)[0]
+    assert metrics_table(tmp_path) == [
+        f"{tmp_path} has not been evaluated, because its manifest has neither val nor test rows;"
+        f" 'ei evaluate {tmp_path} --manifest OTHER --out FOLDER' does it on other samples"
+    ]

@@ -435,7 +435,11 @@ def test_gate_maps_show_ranks_bypass_and_means(page: Page) -> None:
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("metrics.json", None, "has not been evaluated yet .*metrics.json is missing.; 'ei evaluate .*' does it"),
+        (
+            "metrics.json",
+            None,
+            "has not been evaluated yet .*metrics.json is missing.; 'ei evaluate .*' does it, with --manifest and",
+        ),
         ("config.yaml", None, "is no run: it has no config.yaml"),
         ("config.yaml", "a: [", "config.yaml is not YAML"),
         ("config.yaml", "just words", "config.yaml must hold sections"),

@@ -28,10 +28,10 @@ OTHERS = [
     ("ei/seed-0/stage1", "it is a part of one; name {out}/ei/seed-0"),
     ("ei/seed-0/stage1/cfp", "it is a part of one; name {out}/ei/seed-0"),
     ("uni+cfp/seed-0", "it holds what the first stage of another predicts; name {out}/ei/seed-0"),
+    ("uni+cfp", "it holds what the first stages of others predict; name one of them, such as {out}/ei/seed-0"),
     (".", "it is a folder of runs; name one of them, such as {out}/ei/seed-0"),
     ("ei", "it is a folder of runs; name one of them, such as {out}/ei/seed-0"),
     ("late", "it is a folder of runs; name one of them, such as {out}/late/fold1/seed-0"),
-    ("uni+cfp", "it has no config.yaml"),
 ]
 
 

@@ -196,6 +196,12 @@ def test_settings_that_do_not_fit_the_backbone(trunk: Backbone, adapter: str, se
         adapted(trunk, settings_of(adapter, **settings))
 
 
+@pytest.mark.parametrize("adapter", ["mor", "lora"])
+def test_blocks_that_mixtures_of_ranks_have_not_got(trunk: Backbone, adapter: str) -> None:
+    with pytest.raises(ValueError, match=r"^blocks must be within the ViT's 0\.\.3, got 12$"):
+        adapted(trunk, ModelConfig(adapter=adapter, blocks=(0, 12)))
+
+
 def test_blocks_of_mixtures_of_ranks(trunk: Backbone) -> None:
     backbone = adapted(trunk, ModelConfig(blocks=(0, 2)))
     assert {name.split(".")[2] for name in mor.trainable_parameters(backbone)} == {"0", "2"}
