@@ -1,8 +1,9 @@
 """What a layer costs the processor before a card has anything to do: its time where launches dominate.
 
 No card is needed. A stand-in driver says that an sm_90 card is there; Triton looks up and specialises every launch as
-ever, and only the launch itself is left out. Tensors are small ones on the CPU, where torch's own operators take about
-as long as it takes to launch them. In every round each layer runs once, in shuffled order.
+ever, and only the launch itself is left out. Tensors are small ones on the CPU, where torch's own operators stand for
+what launches them on a card: a product of matrices takes longer there in bf16 than in fp32, and a card's library lies
+somewhere between; a LoRA has eight of them and a MoR two. In every round each layer runs once, in shuffled order.
 
     PYTHONPATH=.:kernels python benchmarks/bench_host_time.py --out benchmarks/results
 """
@@ -28,6 +29,7 @@ from mor_kernels.blocks import default_tiles
 from mor_kernels.measure import StandInDriver
 
 ROWS, WIDTH = 32, 64
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def launch_nothing(kernel: CompiledKernel) -> None:
@@ -51,17 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         mock.patch.object(mor.functional, "_cached_availability", lambda device: True),
         mock.patch.object(mor_kernels.linear, "INTERPRETED", True),  # lets tensors on the CPU in
     ):
-        x, dy = harness.draw_inputs(ROWS, WIDTH, WIDTH, dtype=torch.bfloat16)
-        times = time_providers(layers(), x, dy, options.rounds)
-    results = {
-        **setup,
-        "rounds": options.rounds,
-        "clock": "time.thread_time",
-        "microseconds": {name: {mode: quantiles(1e6 * times[name][mode]) for mode in MODES} for name in times},
-        "ratio_to_peft_lora": {
-            name: {mode: quantiles(times[name][mode] / times["peft_lora"][mode]) for mode in MODES} for name in times
-        },
-    }
+        measured = {name: measure(dtype, options.rounds) for name, dtype in DTYPES.items()}
+    results = {**setup, "rounds": options.rounds, "clock": "time.thread_time", **measured}
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
         harness.store(options.out / "host_time.json", results, report(results))
@@ -69,14 +62,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(report(results))
 
 
+def measure(dtype: torch.dtype, rounds: int) -> dict[str, dict]:
+    """Microseconds by layer and mode, and ratios to peft's LoRA of the same round."""
+    x, dy = harness.draw_inputs(ROWS, WIDTH, WIDTH, dtype=dtype)
+    times = time_providers(layers(dtype), x, dy, rounds)
+    return {
+        "microseconds": {name: {mode: quantiles(1e6 * times[name][mode]) for mode in MODES} for name in times},
+        "ratio_to_peft_lora": {
+            name: {mode: quantiles(times[name][mode] / times["peft_lora"][mode]) for mode in MODES} for name in times
+        },
+    }
+
+
 def quantiles(values: np.ndarray) -> list[float]:
     """At 20, 50 and 80 %."""
     return [float(f"{value:.4g}") for value in np.quantile(values, (0.2, 0.5, 0.8))]
 
 
-def layers() -> dict[str, nn.Module]:
+def layers(dtype: torch.dtype) -> dict[str, nn.Module]:
     """The frozen linear, and around it the fused layer and peft's LoRA."""
-    base = harness.frozen_linear(WIDTH, WIDTH, dtype=torch.bfloat16)
+    base = harness.frozen_linear(WIDTH, WIDTH, dtype=dtype)
     fused = harness.mor_layers({"mor": lambda: MoRLinear(base, MoRConfig(), backend="triton")})
     return {"frozen": base, **fused, "peft_lora": harness.lora_layer(base)}
 
@@ -85,21 +90,23 @@ def report(results: dict) -> str:
     """A table in Markdown, with where and how it was measured."""
     versions, names = results["versions"], {**NAMES, "mor": "MoR, backend triton, launches left out"}
     rows = []
-    for name, by_mode in results["microseconds"].items():
-        cells = ["{1:.0f} ({0:.0f}, {2:.0f})".format(*by_mode[mode]) for mode in MODES]
-        ratios = ["{1:.2f} ({0:.2f}, {2:.2f})".format(*results["ratio_to_peft_lora"][name][mode]) for mode in MODES]
-        rows.append(f"| {' | '.join([names[name], *cells, *ratios])} |")
+    for dtype in DTYPES:
+        for name, by_mode in results[dtype]["microseconds"].items():
+            by_round = results[dtype]["ratio_to_peft_lora"][name]
+            cells = ["{1:.0f} ({0:.0f}, {2:.0f})".format(*by_mode[mode]) for mode in MODES]
+            ratios = ["{1:.2f} ({0:.2f}, {2:.2f})".format(*by_round[mode]) for mode in MODES]
+            rows.append(f"| {' | '.join([dtype, names[name], *cells, *ratios])} |")
     return "\n".join(
         [
             "# Host time of a layer, without a card",
             "",
             "Microseconds of one thread's CPU time a call, median (20 % and 80 % quantiles) of"
-            f" {results['rounds']} rounds; {ROWS} x {WIDTH} in bf16, see benchmarks/bench_host_time.py."
+            f" {results['rounds']} rounds; {ROWS} x {WIDTH}, see benchmarks/bench_host_time.py."
             f" {results['cpu']}, torch {versions['torch']}, triton {versions['triton']}, peft {versions['peft']},"
             f" commit {results['git']['commit'][:12]}{' with changes' if results['git']['code_changed'] else ''}.",
             "",
-            "| | forward | forward + backward | of the LoRA's of the same round | |",
-            "|---|---|---|---|---|",
+            "| | | forward | forward + backward | of the LoRA's of the same round | |",
+            "|---|---|---|---|---|---|",
             *rows,
         ]
     )
