@@ -142,7 +142,6 @@ def test_a_manifest_that_was_changed_since_training_is_refused(run):
         evaluate(run)
 
 
-@pytest.mark.fault("an image replaced between training and evaluation", "refused")
 @pytest.mark.fault("a run whose manifest has moved", "the file that names it is named, and what may be done")
 def test_a_manifest_that_has_moved(run):
     study, there = run.parent / "study", run.parent / "study/manifest.csv"
@@ -158,6 +157,7 @@ def test_a_manifest_that_has_moved(run):
     evaluate(run)
 
 
+@pytest.mark.fault("an image replaced between training and evaluation", "refused")
 def test_an_image_that_was_changed_since_training_is_refused(run):
     Image.new("L", (8, 8), 99).save(run.parent / "study/test3_oct.png")
     with pytest.raises(ValueError, match="an image of .* is not what it was when .* was trained"):
