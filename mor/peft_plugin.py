@@ -34,6 +34,7 @@ from mor.inspection import refuse_injected
 from mor.layer import MoRLinear, call_arguments, has_hooks, is_plain, new_adapter
 from mor.peft_format import add_note_to_card
 from mor.roles import resolve
+from mor.wrappers import refuse_distributed
 
 try:
     import peft
@@ -312,6 +313,7 @@ class MorModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         # peft calls this before it changes anything, so here is the last chance to refuse.
         refuse_injected(self.model)
+        refuse_distributed(self.model)
         with _bare(self.model):
             targets, excluded = _resolve(self.model, peft_config)
             linears = linear_names(self.model)

@@ -40,11 +40,12 @@ def refuse_distributed(model: nn.Module) -> None:
         _class("torch.distributed.fsdp", "FullyShardedDataParallel"),
     )
     wrapped = (type(module).__name__ for module in model.modules() if isinstance(module, tuple(filter(None, kinds))))
-    sharded = (f"fully_shard ({name})" for name, p in model.named_parameters() if hasattr(p, "full_tensor"))
+    split = (name for name, parameter in model.named_parameters() if hasattr(parameter, "full_tensor"))
+    sharded = (f"fully_shard, or split otherwise ({name})," for name in split)
     if by := next(wrapped, None) or next(sharded, None):
         raise ValueError(
             f"the model was given to {by} already, which would leave new adapters out: every process would train its"
-            " own; call mor.inject or mor.load on the plain model first"
+            " own; give adapters to the plain model first"
         )
 
 

@@ -66,9 +66,14 @@ def test_what_processes_share_already_gets_no_adapters(vit, by, tmp_path):
         model = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
         nn.Module.__init__(model)
         model.module = vit
-    with pytest.raises(ValueError, match=f"given to {by}.* call mor.inject or mor.load on the plain model first"):
+    with pytest.raises(ValueError, match=f"given to {by}.* give adapters to the plain model first"):
         inject(model, "qkv")
     if by == "fully_shard":
         with pytest.raises(ValueError, match="given to fully_shard"):
             load(model, tmp_path)
+        peft = pytest.importorskip("peft")
+        from mor.peft_plugin import MorConfig
+
+        with pytest.raises(ValueError, match="given to fully_shard"):
+            peft.get_peft_model(model, MorConfig(target_modules=["qkv"]))
     assert all(parameter.requires_grad for parameter in vit.parameters())
