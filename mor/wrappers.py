@@ -5,8 +5,11 @@ Nothing is imported for it: who has not imported them has no such module.
 """
 
 import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -20,6 +23,21 @@ def original(model: Any) -> nn.Module:
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     compiled = _class("torch._dynamo.eval_frame", "OptimizedModule")
     return model._orig_mod if compiled is not None and isinstance(model, compiled) else model
+
+
+@contextmanager
+def as_written() -> Iterator[None]:
+    """Compiled parts run as they were written meanwhile: what was compiled before would pass by new hooks.
+
+    Within a function that is itself compiled nothing is changed, because torch does not allow it there; what it calls
+    is compiled together with the hooks.
+    """
+    try:
+        stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+    except RuntimeError:
+        stance = nullcontext()
+    with stance:
+        yield
 
 
 def refuse_peft(model: nn.Module, instead: str) -> None:
