@@ -300,6 +300,23 @@ def test_forward_mode_is_refused(transform, device):
                 layer(forward_ad.make_dual(x, x))
 
 
+@pytest.mark.parametrize("transform", ["jvp", "dual numbers"])
+def test_forward_mode_of_backward_alone_is_refused(transform, device):
+    problem = Problem(4, 8, 6, device=device)
+    x, dy = leaves(problem)["x"], problem.tensors["dy"]
+    y = Layer(problem)(x)
+
+    def backward(dy):
+        return torch.autograd.grad(y, x, dy)[0]
+
+    with pytest.raises(ValueError, match="forward-mode derivatives .* do not exist here"):
+        if transform == "jvp":
+            torch.func.jvp(backward, (dy,), (dy,))
+        else:
+            with forward_ad.dual_level():
+                backward(forward_ad.make_dual(dy, dy))
+
+
 @pytest.mark.parametrize("look", [nullcontext, Seen], ids=["nobody", "a mode in forward"])
 def test_second_derivatives_are_refused(look, device):
     """Whoever looked on in forward may not do so in backward, and a part of a second derivative would be wrong."""
