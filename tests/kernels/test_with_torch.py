@@ -71,7 +71,7 @@ def test_the_definition_that_all_is_held_against_passes_gradcheck():
     assert torch.autograd.gradcheck(function, arguments)
 
 
-@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(
     rows=st.integers(1, 40),
     step=st.sampled_from([1, 2]),
