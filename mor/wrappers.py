@@ -53,11 +53,13 @@ def refuse_peft(model: nn.Module, instead: str) -> None:
 
 def refuse_distributed(model: nn.Module) -> None:
     """Raise ValueError if processes share the training of the model already: they would not share new parameters'."""
-    kinds = (
-        _class("torch.nn.parallel.distributed", "DistributedDataParallel"),
-        _class("torch.distributed.fsdp", "FullyShardedDataParallel"),
-    )
-    wrapped = (type(module).__name__ for module in model.modules() if isinstance(module, tuple(filter(None, kinds))))
+    fsdp = "torch.distributed.fsdp"
+    kinds = {
+        "DistributedDataParallel": _class("torch.nn.parallel.distributed", "DistributedDataParallel"),
+        "FullyShardedDataParallel": _class(fsdp, "FullyShardedDataParallel"),
+        "fully_shard": _class(fsdp, "FSDPModule"),  # its parameters may be whole between forward and backward
+    }
+    wrapped = (by for module in model.modules() for by, kind in kinds.items() if kind and isinstance(module, kind))
     sharded = (f"fully_shard ({name})" for name, p in model.named_parameters() if hasattr(p, "full_tensor"))
     if by := next(wrapped, None) or next(sharded, None):
         raise ValueError(
