@@ -14,7 +14,7 @@ from ei.data.listed import Fault, counted
 from ei.data.manifest import FAULTS_SHOWN, ManifestError, read_manifest, read_text
 
 _IMAGE_SUFFIXES = (*PICTURE_SUFFIXES, ".npy", ".nii", ".nii.gz", ".dcm")
-_OTHER_SUFFIXES = (".bmp", ".gif", ".webp", ".jp2", ".pdf", ".npz", ".mha", ".nrrd")
+_OTHER_SUFFIXES = (".bmp", ".gif", ".webp", ".jp2", ".npz", ".mha", ".nrrd")
 """Images that are not read, which is to be told and not to be passed over."""
 _NO_IMAGES = ("id", "patient", "split")
 

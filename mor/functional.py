@@ -346,10 +346,10 @@ class _Concatenated(torch.autograd.Function):
         d_side, side = _weigh(d_gated, gates, ranks, scaling, dim=0), A
         d_logits = None
         if gates is not None:
-            d_gates = torch.zeros_like(gates)  # the bypass keeps its zero
             by_expert = (d_gated.to(gates.dtype) * h).split(ranks)
-            for i, (product, scale) in enumerate(zip(by_expert, scaling, strict=True)):
-                d_gates[i] = scale * product.sum(0)
+            of_experts = [scale * product.sum(0) for product, scale in zip(by_expert, scaling, strict=True)]
+            of_bypass = [torch.zeros_like(of_experts[0])] * (len(gates) - len(ranks))
+            d_gates = torch.stack(of_experts + of_bypass)
             d_logits = gates * (d_gates - (d_gates * gates).sum(0))  # (G, T)
             d_side = torch.cat([d_side, d_logits.to(h.dtype)])
             side = torch.cat([A, router_weight])

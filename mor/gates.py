@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mor.injection import mor_layers
 from mor.layer import MoRLinear
-from mor.wrappers import refuse_peft
+from mor.wrappers import as_written, refuse_peft
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,7 @@ def record_gates(model: nn.Module) -> Iterator[GateRecord]:
 
     handles = [layer.register_forward_pre_hook(hook(name), with_kwargs=True) for name, layer in layers.items()]
     try:
-        # What was compiled before would pass by the hooks.
-        with torch.compiler.set_stance("force_eager"):
+        with as_written():
             yield record
     finally:
         for handle in handles:

@@ -24,6 +24,7 @@ from mor.injection import mor_layers, replace_modules
 from mor.layer import MoRLinear
 from mor.peft_format import CARD_HEAD, modules_to_save, refuse_foreign_files, write_peft_folder
 from mor.roles import collapse
+from mor.wrappers import as_written
 
 OUTPUTS = "outputs of the model"
 
@@ -417,8 +418,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        # What was compiled before would pass by the hooks.
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with torch.no_grad(), as_written():
             yield
     finally:
         for module, mode in training.items():

@@ -5,8 +5,11 @@ Nothing is imported for it: who has not imported them has no such module.
 """
 
 import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -22,6 +25,21 @@ def original(model: Any) -> nn.Module:
     return model._orig_mod if compiled is not None and isinstance(model, compiled) else model
 
 
+@contextmanager
+def as_written() -> Iterator[None]:
+    """Compiled parts run as they were written meanwhile: what was compiled before would pass by new hooks.
+
+    Within a function that is itself compiled nothing is changed, because torch does not allow it there; what it calls
+    is compiled together with the hooks.
+    """
+    try:
+        stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+    except RuntimeError:
+        stance = nullcontext()
+    with stance:
+        yield
+
+
 def refuse_peft(model: nn.Module, instead: str) -> None:
     """Raise ValueError, naming what is to be used ``instead``, if peft's adapters are in the model or around it."""
     kinds = tuple(
@@ -35,11 +53,13 @@ def refuse_peft(model: nn.Module, instead: str) -> None:
 
 def refuse_distributed(model: nn.Module) -> None:
     """Raise ValueError if processes share the training of the model already: they would not share new parameters'."""
-    kinds = (
-        _class("torch.nn.parallel.distributed", "DistributedDataParallel"),
-        _class("torch.distributed.fsdp", "FullyShardedDataParallel"),
-    )
-    wrapped = (type(module).__name__ for module in model.modules() if isinstance(module, tuple(filter(None, kinds))))
+    fsdp = "torch.distributed.fsdp"
+    kinds = {
+        "DistributedDataParallel": _class("torch.nn.parallel.distributed", "DistributedDataParallel"),
+        "FullyShardedDataParallel": _class(fsdp, "FullyShardedDataParallel"),
+        "fully_shard": _class(fsdp, "FSDPModule"),  # its parameters may be whole between forward and backward
+    }
+    wrapped = (by for module in model.modules() for by, kind in kinds.items() if kind and isinstance(module, kind))
     split = (name for name, parameter in model.named_parameters() if hasattr(parameter, "full_tensor"))
     sharded = (f"fully_shard, or split otherwise ({name})," for name in split)
     if by := next(wrapped, None) or next(sharded, None):

@@ -100,6 +100,7 @@ def _backward(
     with_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dx, dA, dB, d router_weight, d router_bias; an empty tensor stands for each one not asked for."""
+    _refuse_forward_mode()
     layout = rank_layout(tuple(ranks), tuple(scaling), bypass)
     dx, da, db, drouter, drouter_bias = _gradients(x, a, b, router_weight, router_bias, with_dx, with_weights)
     if x.numel() == 0:
@@ -312,7 +313,12 @@ def _check(
         raise ValueError(f"router_weight must be {need}; got {router_weight if gates else 'a tensor'}")
     if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
         raise ValueError("weight and bias get no gradient here; freeze them with requires_grad_(False)")
-    if forward_ad._current_level >= 0:  # torch would take an operator's tangent for zero
-        raise ValueError("forward-mode derivatives (torch.func.jvp, jacfwd, hessian) do not exist here")
+    _refuse_forward_mode()
     if x.device.type != "cuda" and not INTERPRETED:
         raise ValueError(f"x must be on a CUDA device, got {x.device}; TRITON_INTERPRET=1 runs on the CPU")
+
+
+def _refuse_forward_mode() -> None:
+    """Raise ValueError where torch would take an operator's tangent for zero."""
+    if forward_ad._current_level >= 0:
+        raise ValueError("forward-mode derivatives (torch.func.jvp, jacfwd, hessian) do not exist here")

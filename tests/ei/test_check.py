@@ -130,6 +130,8 @@ def test_which_columns_name_images(tmp_path: Path) -> None:
     assert image_columns(path, besides=("label",)) == ("b", "a")
     path.write_text("id,a,b\nx,1.webp,1.png\n")
     assert image_columns(path, besides=()) == ("a", "b")  # that a cannot be read is told
+    path.write_text("id,report,b\nx,1.pdf,1.png\n")
+    assert image_columns(path, besides=()) == ("b",)
     path.write_text("id,label\na,b\n")
     with pytest.raises(ValueError, match="no column of .* names images; name them with --modalities"):
         image_columns(path, besides=())

@@ -150,7 +150,7 @@ def test_nan_stays_in_its_row(form, device):
     assert not y[sick].isfinite().all(dim=1).any()
 
 
-@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(
     rows=st.sampled_from([1, 2, 15, 16, 31, 63, 65]),
     width=st.sampled_from([1, 8, 17, 64, 130]),

@@ -71,7 +71,7 @@ def test_the_definition_that_all_is_held_against_passes_gradcheck():
     assert torch.autograd.gradcheck(function, arguments)
 
 
-@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(
     rows=st.integers(1, 40),
     step=st.sampled_from([1, 2]),
@@ -298,6 +298,23 @@ def test_forward_mode_is_refused(transform, device):
         else:
             with forward_ad.dual_level():
                 layer(forward_ad.make_dual(x, x))
+
+
+@pytest.mark.parametrize("transform", ["jvp", "dual numbers"])
+def test_forward_mode_of_backward_alone_is_refused(transform, device):
+    problem = Problem(4, 8, 6, device=device)
+    x, dy = leaves(problem)["x"], problem.tensors["dy"]
+    y = Layer(problem)(x)
+
+    def backward(dy):
+        return torch.autograd.grad(y, x, dy)[0]
+
+    with pytest.raises(ValueError, match="forward-mode derivatives .* do not exist here"):
+        if transform == "jvp":
+            torch.func.jvp(backward, (dy,), (dy,))
+        else:
+            with forward_ad.dual_level():
+                backward(forward_ad.make_dual(dy, dy))
 
 
 @pytest.mark.parametrize("look", [nullcontext, Seen], ids=["nobody", "a mode in forward"])

@@ -339,6 +339,19 @@ def test_second_derivatives_are_right_or_refused():
         second_derivative("concat")
 
 
+@pytest.mark.parametrize("bypass", [True, False])
+def test_a_batch_of_gradients(bypass):
+    """As torch.autograd.functional.jacobian(vectorize=True) asks for."""
+    tensors, spec = operands(bypass=bypass)
+    wanted = [tensors[name].requires_grad_() for name in ("x", "A", "B", "router_weight", "router_bias")]
+    y = mor_linear(**tensors, **spec, backend="concat")
+    dys = torch.stack([y.detach().cos(), y.detach().sin()])
+    together = torch.autograd.grad(y, wanted, dys, is_grads_batched=True, retain_graph=True)
+    for i, dy in enumerate(dys):
+        alone = torch.autograd.grad(y, wanted, dy, retain_graph=True)
+        torch.testing.assert_close([batch[i] for batch in together], list(alone))
+
+
 def along(function, x, tangent):
     with forward_ad.dual_level():
         return forward_ad.unpack_dual(function(forward_ad.make_dual(x, tangent))).tangent

@@ -121,6 +121,18 @@ def test_what_was_compiled_and_run_before_is_recorded(vit, images, part):
     assert list(record.summary()) == [f"blocks.{i}.mlp.fc1" for i in range(3)]
 
 
+def test_recorded_within_a_compiled_function(model):
+    def tokens(x):
+        with record_gates(model) as record:
+            model(x)
+        return [summary.tokens for summary in record.summary().values()]
+
+    torch.compiler.reset()
+    compiled = torch.compile(tokens, backend="eager")
+    with torch.no_grad():
+        assert [compiled(torch.randn(3, 4)) for _ in range(2)] == [[3, 3], [3, 3]]
+
+
 def test_a_compiled_model_has_the_names_of_the_original(vit, images):
     inject(vit, "fc1")
     with record_gates(torch.compile(vit, backend="eager")) as record:

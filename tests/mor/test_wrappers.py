@@ -3,11 +3,13 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from mor import check, disabled, eject, inject, load, preview, record_gates, save
 from mor.wrappers import original
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # with which torch 2.11 loads its compiler
 def test_compiled_models_are_unwrapped():
     model = nn.Linear(2, 2)
     assert original(model) is model
@@ -55,20 +57,24 @@ class Sharded(torch.Tensor):
         return self
 
 
-@pytest.mark.parametrize("by", ["DistributedDataParallel", "fully_shard"])
+@pytest.mark.parametrize("by", ["DistributedDataParallel", "fully_shard", "fully_shard, which has run"])
 def test_what_processes_share_already_gets_no_adapters(vit, by, tmp_path):
     """They would not average the gradients of new parameters."""
     save(inject(copy.deepcopy(vit), "qkv"), tmp_path)
     if by == "fully_shard":
         model = vit
         vit.head.weight = nn.Parameter(vit.head.weight.detach().as_subclass(Sharded))
+    elif by == "fully_shard, which has run":  # the outermost module's parameters stay whole until backward
+        model = vit
+        vit.__class__ = type("Shared", (FSDPModule, type(vit)), {})
     else:
         model = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
         nn.Module.__init__(model)
         model.module = vit
-    with pytest.raises(ValueError, match=f"given to {by}.* give adapters to the plain model first"):
+    named = by.split(",")[0]
+    with pytest.raises(ValueError, match=f"given to {named}.* give adapters to the plain model first"):
         inject(model, "qkv")
-    if by == "fully_shard":
+    if named == "fully_shard":
         with pytest.raises(ValueError, match="given to fully_shard"):
             load(model, tmp_path)
         peft = pytest.importorskip("peft")
