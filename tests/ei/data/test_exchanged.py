@@ -154,7 +154,9 @@ def test_all_blocks_are_compared_and_many_findings_counted(monkeypatch: pytest.M
     cfp, oct_ = eyes(100)
     swapped(cfp, oct_, [2, 9, 101])
     found = compare_modalities(table(cfp=cfp, oct=oct_))
-    assert [str(fault) for fault in found][2:] == ["file: 1 more rows have modalities that look exchanged"]
+    assert [str(fault) for fault in found][2:] == [
+        "file: 3 rows have modalities that look exchanged; 2 of them are told"
+    ]
     assert [fault.row for fault in found] == [2, 9, 0]
 
 

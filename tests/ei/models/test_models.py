@@ -60,7 +60,7 @@ def test_an_auxiliary_backbone_is_loaded_once_or_not_at_all_if_given(make_config
 
 
 def test_bad_arguments(make_config) -> None:
-    with pytest.raises(ValueError, match="num_classes must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="num_classes must be at least 1 and at most 1000000, got 0"):
         build_model(make_config(), 0)
     with pytest.raises(ValueError, match=r"modality must be one of \['cfp', 'oct'\], got 'mri'"):
         build_model(make_config(), 2, modality="mri")
