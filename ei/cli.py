@@ -230,7 +230,7 @@ def run(words: Sequence[str]) -> int:
         if "WORLD_SIZE" in os.environ:
             from ei.processes import Processes
 
-            Processes.part()
+            Processes.leave()
         return code
     except (ValueError, OSError, ArithmeticError, ImportError) as error:
         has_had_enough = isinstance(error, BrokenPipeError) and not is_read()  # a pipe to a worker breaks, too

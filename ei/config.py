@@ -489,6 +489,15 @@ class TrainConfig:
             _refuse_idle(self, ("gate_weight",), "stages '2' and no gate_prior")
         _require_sane(self, but=("save_minutes", "seed"))
 
+    def samples_at_once(self, processes: int) -> int:
+        """How many samples one process takes through a model at once.
+
+        >>> [TrainConfig(batch_size=8).samples_at_once(processes) for processes in (1, 3)]
+        [8, 3]
+        """
+        share = math.ceil(self.batch_size / processes)
+        return min(self.micro_batch, share) if self.micro_batch else share
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:

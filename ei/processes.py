@@ -58,7 +58,7 @@ class Processes:
         return cls(together.device, together.num_processes, together.process_index)
 
     @staticmethod
-    def part() -> None:
+    def leave() -> None:
         """End what :meth:`join` began, once all is done; whoever joined must do so before Python ends.
 
         A thread of gloo may still hold a tensor of the last message, and would end a process that has succeeded with

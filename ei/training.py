@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ei.compilation import compile_backbones, require_compiler
 from ei.config import GATED, TWO_STAGES, Config, DataConfig
 from ei.data.balance import inverse_frequencies
-from ei.data.loaders import TrainingSteps, samples_at_once
+from ei.data.loaders import TrainingSteps
 from ei.data.manifest import Manifest, Row, read_manifest
 from ei.evaluation.evaluate import evaluate
 from ei.evaluation.inference import predict_rows
@@ -49,7 +49,7 @@ from ei.runs.loading import (
     names_of_backbones,
     stage1_taken_over,
 )
-from ei.runs.setup import locked, require_measurable, resolved, resumes, tell_rows, tell_warnings
+from ei.runs.setup import locked, require_measurable, require_negatives, resolved, resumes, tell_rows, tell_warnings
 from ei.runs.snapshots import Snapshot, newest_snapshot, write_snapshot
 from ei.runtime import (
     environment,
@@ -419,7 +419,7 @@ class Loop:
 
     def _environment(self) -> dict[str, str]:
         count = self.processes.count
-        at_once = samples_at_once(self.settings, count)
+        at_once = self.settings.samples_at_once(count)
         return environment(self.processes.device) | {"processes": str(count), "samples at once": str(at_once)}
 
     def _compare_environment(self, was: Mapping[str, str]) -> None:
@@ -434,16 +434,6 @@ class Loop:
             )
         if changed:
             say(f"note: weights may differ in their last bits from those of an unbroken run: {', '.join(changed)}")
-
-
-def require_negatives(config: Config, processes: int = 1) -> None:
-    """Raise a ValueError if a contrastive loss would have nothing to tell a sample from."""
-    has_loss = config.model.fusion == "joint" and config.baseline.joint_weight > 0
-    if has_loss and samples_at_once(config.train, processes) == 1:
-        raise ValueError(
-            "with fusion 'joint', two or more samples must go through the model at once, because its contrastive loss"
-            " tells each from the others; raise batch_size or micro_batch, or set joint_weight to 0"
-        )
 
 
 def class_weights(rows: Sequence[Row], data: DataConfig) -> Tensor | None:

@@ -17,9 +17,8 @@ from ei.models import build_model, count_trainable
 from ei.models.backbone import require_weights
 from ei.runs.folder import RunFolder
 from ei.runs.loading import data_hashes, stage1_taken_over
-from ei.runs.setup import differences, require_measurable, require_usable, resolved, resumes
+from ei.runs.setup import differences, require_measurable, require_negatives, require_usable, resolved, resumes
 from ei.runtime import choose_device
-from ei.training import require_negatives
 
 MOST_SEEDS = 1000
 

@@ -1,6 +1,5 @@
 """Rows in, batches out: the two ways in which samples are loaded."""
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ei.config import Config, TrainConfig
+from ei.config import Config
 from ei.data.dataset import Draw, ManifestDataset, StepSampler
 from ei.data.images import ImageError
 from ei.data.manifest import Row
@@ -31,7 +30,7 @@ class TrainingSteps:
             seed=config.train.seed,
             batch_size=config.train.batch_size,
             balance=config.data.balance == "oversample",
-            at_once=samples_at_once(config.train, count),
+            at_once=config.train.samples_at_once(count),
             index=index,
             count=count,
         )
@@ -51,17 +50,7 @@ class TrainingSteps:
 
 def evaluation_loader(rows: Sequence[Row], config: Config, *, count: int = 1) -> DataLoader[Batch]:
     """Every row once, in order, without augmentation, for one of ``count`` processes."""
-    return _loader(rows, config, train=False, batch_size=samples_at_once(config.train, count))
-
-
-def samples_at_once(config: TrainConfig, processes: int) -> int:
-    """How many samples one process takes through a model at once.
-
-    >>> samples_at_once(TrainConfig(batch_size=8), processes=1), samples_at_once(TrainConfig(batch_size=8), processes=3)
-    (8, 3)
-    """
-    share = math.ceil(config.batch_size / processes)
-    return min(config.micro_batch, share) if config.micro_batch else share
+    return _loader(rows, config, train=False, batch_size=config.train.samples_at_once(count))
 
 
 def _loader(rows: Sequence[Row], config: Config, *, train: bool, **batches: Any) -> DataLoader[Batch]:

@@ -21,7 +21,6 @@ from typing import Any
 
 from ei.config import Config
 from ei.data.listed import counted
-from ei.data.loaders import samples_at_once
 from ei.data.manifest import Manifest, Row, read_manifest
 from ei.evaluation.inference import predict_batches
 from ei.evaluation.predictions import Predictions
@@ -85,7 +84,7 @@ def predict(run: str | Path, manifest: str | Path, out: str | Path, shard: str =
         table = read_manifest(manifest, data, classes=data.classes, labelled=False)
     tell_warnings(table, manifest)
     require_positions(config, table)
-    at_once = samples_at_once(config.train, 1)
+    at_once = config.train.samples_at_once(1)
     origin = _origin(RunFolder(Path(run)), config, Path(manifest), table) | {"temperatures": str(temperatures)}
     pieces = Pieces(out, table.rows, at_once, origin)
     mine = range(share.number - 1, pieces.count, share.count)
@@ -249,7 +248,7 @@ def _origin(folder: RunFolder, config: Config, manifest: Path, table: Manifest) 
     settings = config.to_dict()
     for section, names in (*MAY_CHANGE.items(), *_PATHS.items()):
         settings[section] = {name: value for name, value in settings[section].items() if name not in names}
-    settings["train"]["at once"] = samples_at_once(config.train, 1)
+    settings["train"]["at once"] = config.train.samples_at_once(1)
     return {
         "version of this package": FORMAT,
         "manifest": hashlib.sha256(manifest.read_bytes()).hexdigest(),

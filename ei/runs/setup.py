@@ -73,6 +73,16 @@ def require_positions(config: Config, manifest: Manifest) -> None:
         )
 
 
+def require_negatives(config: Config, processes: int = 1) -> None:
+    """Raise a ValueError if a contrastive loss would have nothing to tell a sample from."""
+    has_loss = config.model.fusion == "joint" and config.baseline.joint_weight > 0
+    if has_loss and config.train.samples_at_once(processes) == 1:
+        raise ValueError(
+            "with fusion 'joint', two or more samples must go through the model at once, because its contrastive loss"
+            " tells each from the others; raise batch_size or micro_batch, or set joint_weight to 0"
+        )
+
+
 def require_val_rows(manifest: Manifest) -> None:
     """Raise a ValueError if there is nothing to fit temperatures on."""
     if not manifest.split("val"):

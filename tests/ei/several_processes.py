@@ -91,7 +91,7 @@ def compared(config_file: str, folder: str, other_run: str) -> None:
     train(config, Path(folder) / "run")
     evaluate(other_run)
     predict(other_run, config.data.manifest, Path(folder) / "predicted.csv")
-    processes.part()
+    processes.leave()
     require_no_threads_of_gloo()
 
 

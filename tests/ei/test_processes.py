@@ -97,16 +97,16 @@ def test_predictions_are_the_same_bytes(results):
 EVALUATED = (("one", "run"), ("two", "again"))
 
 
-def test_processes_that_part_leave_no_threads(tmp_path):
+def test_processes_that_leave_keep_no_threads(tmp_path):
     """Also where the first model in parallel is built after they met, of which torch imports more."""
     program = tmp_path / "program.py"
-    program.write_text(PARTING)
+    program.write_text(LEAVING)
     process = launch(program)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 0, said
 
 
-PARTING = """
+LEAVING = """
 import torch
 from ei.processes import Processes
 processes = Processes.join("cpu")
@@ -114,8 +114,8 @@ model = processes.parallel(torch.nn.Linear(2, 2))
 model(torch.ones(1, 2)).sum().backward()
 assert processes.gathered(processes.index) == [0, 1]
 del model
-processes.part()
-processes.part()
+processes.leave()
+processes.leave()
 from several_processes import require_no_threads_of_gloo
 require_no_threads_of_gloo()
 """

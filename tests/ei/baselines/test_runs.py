@@ -15,7 +15,7 @@ from ei import evaluate, predict, train
 from ei.config import BaselineConfig, Config
 from ei.runs.checkpoint import read_checkpoint
 from ei.runs.loading import load
-from ei.training import require_negatives
+from ei.runs.setup import require_negatives
 
 DOCS = Path(__file__).parents[3] / "docs/baselines.md"
 FUSIONS = ["mm-mil", "coscat", "late-average", "unimodel"]
