@@ -77,7 +77,6 @@ def mor_linear(
     >>> mor_linear(x, W, None, A, B, router, None, ranks=[1], scaling=[2.0])
     tensor([[1.]])
     """
-    _check_shapes(x, weight.shape, A, B, router_weight, ranks, scaling, bypass, expert_input)
     device = x.device.type
     autocast = _in_autocast(device)
     dtype = torch.get_autocast_dtype(device) if autocast and x.dtype != torch.float64 else x.dtype
@@ -85,15 +84,16 @@ def mor_linear(
         backend,
         x.device,
         dtype,
-        columns=len(A) + (0 if router_weight is None else len(router_weight)),
+        columns=sum(ranks) + len(ranks) + bypass,
         trains_base=weight.requires_grad or (bias is not None and bias.requires_grad),
         has_expert_input=expert_input is not None,
         shape=(math.prod(x.shape[:-1]), *weight.shape),  # Size.numel would make free sizes constants of a graph
     )
-    if backend == "triton":
-        parameters = (A, B, router_weight, router_bias)  # cast inside the kernels, where that costs nothing
+    if backend == "triton":  # which checks the shapes itself, and casts inside the kernels, where that costs nothing
+        parameters = (A, B, router_weight, router_bias)
         return _kernels().mor_linear(x, weight, bias, *parameters, ranks=ranks, scaling=scaling, bypass=bypass)
 
+    _check_shapes(x, weight.shape, A, B, router_weight, ranks, scaling, bypass, expert_input)
     A, B = A.to(dtype), B.to(dtype)
     router_weight = None if router_weight is None else router_weight.to(dtype)
     if autocast:

@@ -68,17 +68,18 @@ class MoRLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., K) -> (..., O), see :func:`mor.mor_linear`; the argument is called as nn.Linear's."""
+        base = self.base  # looked up once: nn.Module's attributes are slow
         if not self.enabled:
-            return self.base(input)
+            return base(input)
         experts, settings = call_arguments(
             input, self.mor_A, self.mor_B, self.mor_router, self.config, training=self.training
         )
         # Read once, because that may change buffers; looked at each time, because it may have been quantised meanwhile.
-        weight = None if self._calls_base else self.base.weight
+        weight = None if self._calls_base else base.weight
         if weight is None or not is_matrix(weight):
-            y = self.base(input)
+            y = base(input)
             return y + mor_branch(input, *experts, **settings).to(y.dtype)
-        return mor_linear(input, weight, self.base.bias, *experts, **settings, backend=self._backend)
+        return mor_linear(input, weight, base.bias, *experts, **settings, backend=self._backend)
 
     def gates(self, x: Tensor) -> Tensor | None:
         """Weights of the experts, then of the bypass: (..., K) -> (..., G), fp32 or wider; None without a router."""

@@ -6,10 +6,9 @@ one card stands in `tables.py`; README.md says what that is so far.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 # A call falls into the bucket of the first limit above its number of rows, and of None beyond the last: 1,576 tokens
 # (8 images of 197), 6,288 (8 of 786), 12,608 (64 of 197) and 65,536 fall into one each.
@@ -21,8 +20,7 @@ KINDS = ("16-bit", "fp32")
 KERNELS = ("shrink", "branch", "dy_side", "weight_grad", "matmul_tail")
 
 
-@dataclass(frozen=True)
-class Blocks:
+class Blocks(NamedTuple):
     """One tile: `rows` x `columns` of the result, `inner` steps of the summed side, two compiler options.
 
     weight_grad sums over rows: its `inner` counts rows, and it has no `rows`. shrink has no `columns`.
@@ -99,9 +97,9 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
-def precision(x: Tensor) -> str:
-    """How the small dots treat fp32 operands: as torch's own matmul does. It does not touch 16-bit operands."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+def precision(dtype: torch.dtype) -> str:
+    """How the small dots treat fp32 operands: as torch's own matmul does. 16-bit ones have one way alone."""
+    return "tf32" if dtype.itemsize == 4 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
 def cdiv(total: int, size: int) -> int:

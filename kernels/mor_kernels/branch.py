@@ -9,12 +9,13 @@ Shapes: x (T, K), A (R, K), B (R, O), bias (O,), y0 (T, O), h (T, R) in x's dtyp
 
 # mypy: allow-untyped-defs
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mor_kernels.blocks import cdiv, precision
-from mor_kernels.launch import launch
+from mor_kernels.blocks import Blocks, cdiv, precision
+from mor_kernels.launch import Launch, keep
 from mor_kernels.ranks import RankLayout, dot, gate_and_save, load_stacked, rank_product, store_tile
 from mor_kernels.tables import choose
 
@@ -53,16 +54,20 @@ def branch(
     gates: Tensor,
 ) -> None:
     """Write y0 into y, h and gates, all contiguous; see the head of this file."""
-    rows, width = x.shape
-    out_width = b.shape[1]
-    blocks = choose("branch", x, layout.columns)
-    launch(
-        branch_kernel,
-        (cdiv(rows, blocks.rows),),
-        (x, a, router_weight, router_bias, b, bias, y, h, gates),
-        (rows, width, out_width, x.stride(0)),
-        **layout.constants,
-        COLS=layout.columns, HAS_BIAS=bias is not None, HAS_ROUTER_BIAS=router_bias is not None,
-        PRECISION=precision(x), BLOCK_T=blocks.rows, BLOCK_K=blocks.inner, BLOCK_O=blocks.columns,
-        **blocks.options,
+    launch = _launch(
+        x.device, *x.shape, b.shape[1], x.stride(0), choose("branch", x, layout.columns), precision(x.dtype), layout,
+        bias is not None, router_bias is not None,
+    )  # fmt: skip
+    launch(x, a, router_weight, router_bias, b, bias, y, h, gates)
+
+
+@keep
+def _launch(
+    _: torch.device, rows: int, width: int, out_width: int, stride: int, blocks: Blocks, precision: str,
+    layout: RankLayout, has_bias: bool, has_router_bias: bool,
+) -> Launch:  # fmt: skip
+    return Launch(
+        branch_kernel, (cdiv(rows, blocks.rows),), (rows, width, out_width, stride),
+        **layout.constants, COLS=layout.columns, HAS_BIAS=has_bias, HAS_ROUTER_BIAS=has_router_bias,
+        PRECISION=precision, BLOCK_T=blocks.rows, BLOCK_K=blocks.inner, BLOCK_O=blocks.columns, **blocks.options,
     )  # fmt: skip

@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mor_kernels.blocks import cdiv, precision, slice_rows
-from mor_kernels.launch import launch
+from mor_kernels.blocks import Blocks, cdiv, precision, slice_rows
+from mor_kernels.launch import Launch, keep
 from mor_kernels.ranks import RankLayout, dot, load_stacked, load_tile, saved_factor, store_tile
 from mor_kernels.tables import choose
 from mor_kernels.weight_grad import db_slice
@@ -118,28 +118,35 @@ def dy_side(
     The partial sums are None unless `with_weights`. See the head of this file.
     """
     rows, out_width = dy.shape
-    width = a.shape[1]
-    blocks = choose("dy_side", dy, layout.columns)
-    sums = choose("weight_grad", dy)
-    column_programs = cdiv(out_width, sums.columns)
-    per_slice = slice_rows(rows, column_programs, max(blocks.rows, sums.inner), out_width * dy.element_size())
-    slices = cdiv(rows, per_slice)
-    row_programs = per_slice // blocks.rows
-
+    launch, slices, row_programs = _launch(
+        dy.device, rows, out_width, a.shape[1], dy.stride(0), dy.element_size(),
+        choose("dy_side", dy, layout.columns), choose("weight_grad", dy), precision(dy.dtype), layout,
+        dx is not None, with_weights,
+    )  # fmt: skip
     dz = dy.new_empty(rows, layout.columns)
     partial_b = partial_bias = None
     if with_weights:
         partial_b = dy.new_empty(slices, layout.rank_sum, out_width, dtype=torch.float32)
         partial_bias = dy.new_empty(slices * row_programs, layout.gates, dtype=torch.float32)
-    programs = row_programs + (column_programs if with_weights else 0)
-    launch(
-        dy_side_kernel,
-        (slices * programs,),
-        (dy, b, h, gates, a, router_weight, dz, dx, partial_b, partial_bias),
-        (rows, out_width, width, dy.stride(0), per_slice),
-        **layout.constants,
-        COLS=layout.columns, RANK_COLS=layout.rank_columns, WITH_DX=dx is not None, WITH_WEIGHTS=with_weights,
-        PRECISION=precision(dy), BLOCK_T=blocks.rows, BLOCK_O=blocks.inner, BLOCK_K=blocks.columns,
-        SLICE_T=sums.inner, SLICE_D=sums.columns, **blocks.options,
-    )  # fmt: skip
+    launch(dy, b, h, gates, a, router_weight, dz, dx, partial_b, partial_bias)
     return dz, partial_b, partial_bias
+
+
+@keep
+def _launch(
+    _: torch.device, rows: int, out_width: int, width: int, stride: int, element_size: int,
+    blocks: Blocks, sums: Blocks, precision: str, layout: RankLayout, with_dx: bool, with_weights: bool,
+) -> tuple[Launch, int, int]:  # fmt: skip
+    """Beside the launch: the number of slices, and how many programs for rows each of them has."""
+    column_programs = cdiv(out_width, sums.columns)
+    per_slice = slice_rows(rows, column_programs, max(blocks.rows, sums.inner), out_width * element_size)
+    slices = cdiv(rows, per_slice)
+    row_programs = per_slice // blocks.rows
+    programs = row_programs + (column_programs if with_weights else 0)
+    launch = Launch(
+        dy_side_kernel, (slices * programs,), (rows, out_width, width, stride, per_slice),
+        **layout.constants, COLS=layout.columns, RANK_COLS=layout.rank_columns, WITH_DX=with_dx,
+        WITH_WEIGHTS=with_weights, PRECISION=precision, BLOCK_T=blocks.rows, BLOCK_O=blocks.inner,
+        BLOCK_K=blocks.columns, SLICE_T=sums.inner, SLICE_D=sums.columns, **blocks.options,
+    )  # fmt: skip
+    return launch, slices, row_programs

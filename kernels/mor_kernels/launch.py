@@ -1,40 +1,42 @@
-"""Launch a kernel that was launched before for half of the host's time that Triton takes.
+"""Launch a kernel as before without deciding everything anew.
 
-Triton looks at every argument and option of every launch: 12 microseconds of a slow core, four times in a layer's
-forward and backward, which decides where a card has little to do. What its choice depends on is told from the tensors'
-and numbers' kinds; the program it chose for them first is launched from then on, in 6.
+Triton looks at every argument and option of every launch; grid and numbers follow from sizes that are the same from
+step to step. Four times in a layer's forward and backward, that decides where a card has little to do. So each kernel
+makes one `Launch` for each set of sizes, and keeps it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
 
-_programs: dict[tuple, tuple[Any, tuple]] = {}
+#: For the functions that make a `Launch`. A model has a few dozen of them for each number of rows.
+keep = lru_cache(maxsize=4096)
 
 
-def launch(
-    kernel: Any, grid: tuple[int, ...], tensors: Sequence[Tensor | None], numbers: Sequence[int], **constants: Any
-) -> None:
-    """``kernel[grid](*tensors, *numbers, **constants)``.
+class Launch:
+    """``kernel[grid](*tensors, *numbers, **constants)``, to be called with the tensors.
 
-    The kernel takes tensors, then numbers, then constants; ``constants`` are also Triton's options. The first tensor is
-    on the current device. Triton's debugging knobs are heeded as they stand at the first launch of a kind.
+    The kernel takes tensors, then numbers, then constants; ``constants`` are also Triton's options. All calls are made
+    on one device, the current one then. Triton finds the program at the first call; which one it is depends on the
+    tensors' dtypes and on whether they begin at a multiple of 16 bytes, beside what is fixed here. Triton's debugging
+    knobs are heeded as they stand at that call.
     """
-    key = (
-        kernel.fn,
-        tensors[0].device,  # type: ignore[union-attr]
-        *[None if t is None else (t.dtype, t.data_ptr() % 16) for t in tensors],
-        *[(n == 1, n % 16 == 0, n >= 2**31) for n in numbers],
-        *constants,
-        *constants.values(),
-    )
-    known = _programs.get(key)
-    if known is not None:
-        program, values = known
-        program[(*grid, 1, 1)[:3]](*tensors, *numbers, *values)
-        return
-    program = kernel[grid](*tensors, *numbers, **constants)
-    if program is not None:  # Triton's interpreter has none
-        names = kernel.arg_names[len(tensors) + len(numbers) :]
-        _programs[key] = program, tuple(constants[name] for name in names)
+
+    def __init__(self, kernel: Any, grid: tuple[int, ...], numbers: tuple[int, ...], **constants: Any) -> None:
+        self.kernel, self.grid, self.numbers, self.constants = kernel, grid, numbers, constants
+        self._known: dict[tuple, tuple[Callable[..., None], tuple]] = {}
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        kinds = tuple([None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors])
+        known = self._known.get(kinds)
+        if known is not None:
+            run, rest = known
+            run(*tensors, *rest)
+            return
+        program = self.kernel[self.grid](*tensors, *self.numbers, **self.constants)
+        if program is not None:  # Triton's interpreter has none
+            names = self.kernel.arg_names[len(tensors) + len(self.numbers) :]
+            rest = (*self.numbers, *[self.constants[name] for name in names])
+            self._known[kinds] = program[(*self.grid, 1, 1)[:3]], rest

@@ -30,7 +30,7 @@ from mor_kernels.weight_grad import sum_partials, x_partials
 
 MAX_COLUMNS = 64  # sum of ranks + router outputs
 FORMS = ("auto", *FUSED_FORMS)
-PLAIN = (Tensor, nn.Parameter)
+PLAIN = {Tensor, nn.Parameter, type(None)}
 CONTIGUOUS = torch.contiguous_format
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -149,7 +149,7 @@ def _gradients(
     def like(t: Tensor | None, wanted: bool) -> Tensor:
         return torch.empty_like(t, memory_format=CONTIGUOUS) if wanted and t is not None else x.new_empty(0)
 
-    da, db, drouter, drouter_bias = (like(t, with_weights) for t in (a, b, router_weight, router_bias))
+    da, db, drouter, drouter_bias = [like(t, with_weights) for t in (a, b, router_weight, router_bias)]
     return like(x, with_dx), da, db, drouter, drouter_bias
 
 
@@ -180,13 +180,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _gradients_of(ctx: Any, dy: Tensor | None, *_of_saved: None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 11
-    with_dx, *wanted = (ctx.needs_input_grad[i] for i in (0, 3, 4, 5, 6))
+    with_dx, _, _, *wanted = ctx.needs_input_grad[:7]
     tensors = (dy, *ctx.saved_tensors)
     # With create_graph autograd looks on, too: the operator refuses second derivatives, `_backward` would give a part.
-    by_operator = torch.is_grad_enabled() or _watched(tensors)
+    by_operator = torch.is_grad_enabled() or _watched(*tensors)
     backward: Callable[..., tuple[Tensor, ...]] = linear_backward if by_operator else _backward
     dx, *gradients = backward(*tensors, *ctx.settings, with_dx, any(wanted))
-    da, db, drouter, drouter_bias = (g if wants else None for g, wants in zip(gradients, wanted, strict=True))
+    da, db, drouter, drouter_bias = [g if wants else None for g, wants in zip(gradients, wanted, strict=True)]
     return dx if with_dx else None, None, None, da, db, drouter, drouter_bias, None, None, None, None
 
 
@@ -209,16 +209,18 @@ class _Linear(torch.autograd.Function):
         return _gradients_of(ctx, dy)
 
 
-def _watched(tensors: Sequence[Tensor | None]) -> bool:
+def _watched(first: Tensor, *rest: Tensor | None) -> bool:
     """Whether somebody has to see operators: a compiler, a tracer, a dispatch mode (fake tensors, selective
-    checkpoints), a function transform, a kind of tensor of its own, or a batch of gradients (is_grads_batched)."""
+    checkpoints), a function transform, a kind of tensor of its own, or in `first` a batch of gradients
+    (is_grads_batched)."""
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or _get_current_dispatch_mode() is not None
         or _len_torch_dispatch_stack_pre_dispatch() > 0
         or torch._C._are_functorch_transforms_active()
-        or any(t is not None and (type(t) not in PLAIN or is_legacy_batchedtensor(t)) for t in tensors)
+        or not PLAIN.issuperset(map(type, (first, *rest)))
+        or is_legacy_batchedtensor(first)
     )
 
 
@@ -253,7 +255,7 @@ def mor_linear(
         (..., O), contiguous, in x's dtype. A, B and the router may be in any of the three dtypes; their gradients
         come back in it.
     """
-    ranks, scaling = [int(r) for r in ranks], [float(s) for s in scaling]
+    ranks, scaling = tuple(map(int, ranks)), tuple(map(float, scaling))
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -261,7 +263,7 @@ def mor_linear(
         router_weight = router_weight.to(A.dtype)
     _check(x, weight, bias, A, B, router_weight, router_bias, ranks, scaling, bypass, form)
     tensors = (x, weight, bias, A, B, router_weight, router_bias)
-    if _watched(tensors):
+    if _watched(*tensors):
         return linear_forward(*tensors, ranks, scaling, bypass, form)[0]
     return _Linear.apply(*tensors, ranks, scaling, bypass, form)
 
@@ -274,8 +276,8 @@ def _check(
     b: Tensor,
     router_weight: Tensor | None,
     router_bias: Tensor | None,
-    ranks: list[int],
-    scaling: list[float],
+    ranks: tuple[int, ...],
+    scaling: tuple[float, ...],
     bypass: bool,
     form: str,
 ) -> None:
@@ -287,27 +289,28 @@ def _check(
     gates = 0 if len(ranks) == 1 and not bypass else len(ranks) + int(bypass)
     if rank_sum + gates > MAX_COLUMNS:
         raise ValueError(f"sum of ranks + router outputs must be <= {MAX_COLUMNS}, got {rank_sum} + {gates}")
-    dtypes = [t.dtype for t in (x, weight, bias) if t is not None]
-    if x.dtype not in DTYPES or any(dtype != x.dtype for dtype in dtypes):
+    dtype, device, (out, width) = x.dtype, x.device, weight.shape
+    if dtype not in DTYPES or weight.dtype != dtype or (bias is not None and bias.dtype != dtype):
+        dtypes = [t.dtype for t in (x, weight, bias) if t is not None]
         raise ValueError(f"x, weight and bias must share one dtype of fp32, fp16 and bf16, got {dtypes}")
-    out, width = weight.shape
-    expected = {
-        "x": (x, (*x.shape[:-1], width)),
-        "bias": (bias, (out,)),
-        "A": (a, (rank_sum, width)),
-        "B": (b, (rank_sum, out)),
-        "router_weight": (router_weight, (gates, width)),
-        "router_bias": (router_bias, (gates,)),
-    }
-    for name, (tensor, shape) in expected.items():
+    expected = (
+        ("x", x, (*x.shape[:-1], width)),
+        ("weight", weight, (out, width)),
+        ("bias", bias, (out,)),
+        ("A", a, (rank_sum, width)),
+        ("B", b, (rank_sum, out)),
+        ("router_weight", router_weight, (gates, width)),
+        ("router_bias", router_bias, (gates,)),
+    )
+    for name, tensor, shape in expected:
         if tensor is None:
             continue
         if tensor.shape != shape:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
         if tensor.dtype not in DTYPES:
             raise ValueError(f"{name} must be fp32, fp16 or bf16, got {tensor.dtype}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name} must be on {x.device} as x is, got {tensor.device}")
+        if tensor.device != device:
+            raise ValueError(f"{name} must be on {device} as x is, got {tensor.device}")
     if (router_weight is None) != (gates == 0):
         need = f"of shape ({gates}, {width})" if gates else "None: one expert without a bypass has no router"
         raise ValueError(f"router_weight must be {need}; got {router_weight if gates else 'a tensor'}")

@@ -9,12 +9,13 @@ tail (R + G, N) as one or two contiguous matrices, out (T, N).
 
 # mypy: allow-untyped-defs
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mor_kernels.blocks import cdiv, precision
-from mor_kernels.launch import launch
+from mor_kernels.blocks import Blocks, cdiv, precision
+from mor_kernels.launch import Launch, keep
 from mor_kernels.matmul_tail_tma import can_use, matmul_tail_tma
 from mor_kernels.ranks import dot, load_stacked, load_tile, store_tile
 from mor_kernels.tables import choose
@@ -60,18 +61,26 @@ def matmul_tail(
     v: Tensor, weight: Tensor, u: Tensor, first: Tensor, second: Tensor | None, bias: Tensor | None, out: Tensor
 ) -> None:
     """out = bias + u [first; second] + v weight, out contiguous; see the head of this file."""
-    rows, width = v.shape
     columns = weight.shape[1]
     blocks = choose("matmul_tail", v)
     if blocks.persistent and can_use(v, weight, columns):
         matmul_tail_tma(v, weight, u, first, second, bias, out, blocks)
         return
-    launch(
-        matmul_tail_kernel,
-        (cdiv(rows, blocks.rows) * cdiv(columns, blocks.columns),),
-        (v, weight, u, first, second, bias, out),
-        (rows, width, columns, v.stride(0), weight.stride(0), weight.stride(1)),
-        FIRST=first.shape[0], SECOND=0 if second is None else second.shape[0], TAIL=u.shape[1],
-        HAS_BIAS=bias is not None, PRECISION=precision(v),
+    launch = _launch(
+        v.device, *v.shape, columns, v.stride(0), weight.stride(), first.shape[0],
+        0 if second is None else second.shape[0], u.shape[1], bias is not None, blocks, precision(v.dtype),
+    )  # fmt: skip
+    launch(v, weight, u, first, second, bias, out)
+
+
+@keep
+def _launch(
+    _: torch.device, rows: int, width: int, columns: int, stride: int, weight_strides: tuple[int, int], first: int,
+    second: int, tail: int, has_bias: bool, blocks: Blocks, precision: str,
+) -> Launch:  # fmt: skip
+    return Launch(
+        matmul_tail_kernel, (cdiv(rows, blocks.rows) * cdiv(columns, blocks.columns),),
+        (rows, width, columns, stride, *weight_strides),
+        FIRST=first, SECOND=second, TAIL=tail, HAS_BIAS=has_bias, PRECISION=precision,
         BLOCK_T=blocks.rows, BLOCK_K=blocks.inner, BLOCK_N=blocks.columns, GROUP=8, **blocks.options,
     )  # fmt: skip

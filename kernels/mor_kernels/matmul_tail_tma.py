@@ -79,7 +79,7 @@ def matmul_tail_tma(
         TensorDescriptor(out, [rows, columns], [columns, 1], [blocks.rows, blocks.columns // 2]),
         rows, width, columns,
         FIRST=first.shape[0], SECOND=0 if second is None else second.shape[0], TAIL=u.shape[1],
-        WEIGHT_IS_NK=weight_is_nk, HAS_BIAS=bias is not None, PRECISION=precision(v),
+        WEIGHT_IS_NK=weight_is_nk, HAS_BIAS=bias is not None, PRECISION=precision(v.dtype),
         BLOCK_T=blocks.rows, BLOCK_K=blocks.inner, BLOCK_N=blocks.columns, GROUP=8, PROGRAMS=programs,
         **blocks.options,
     )  # fmt: skip

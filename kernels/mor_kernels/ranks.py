@@ -30,7 +30,7 @@ def power_of_two(n: int, minimum: int = 16) -> int:
     return max(minimum, 1 << (n - 1).bit_length())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared and hashed as an object, which is fast: see `rank_layout`
 class RankLayout:
     """Which column of the narrow product belongs to whom; everything here is a compile-time constant."""
 
@@ -79,6 +79,7 @@ class RankLayout:
 
 @lru_cache(maxsize=256)
 def rank_layout(ranks: tuple[int, ...], scaling: tuple[float, ...], bypass: bool) -> RankLayout:
+    """The same object for the same arguments."""
     return RankLayout(ranks, scaling, bypass)
 
 

@@ -8,12 +8,13 @@ dtype, P = R padded with zero columns, for the rank tail of `matmul_tail`.
 
 # mypy: allow-untyped-defs
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mor_kernels.blocks import cdiv, precision
-from mor_kernels.launch import launch
+from mor_kernels.blocks import Blocks, cdiv, precision
+from mor_kernels.launch import Launch, keep
 from mor_kernels.ranks import RankLayout, gate_and_save, rank_product, store_tile
 from mor_kernels.tables import choose
 
@@ -43,16 +44,20 @@ def shrink(
     gates: Tensor,
 ) -> Tensor:
     """Write h and gates, both contiguous, and return gated (T, P); see the head of this file."""
-    rows, width = x.shape
-    gated = x.new_empty(rows, layout.rank_columns)
+    gated = x.new_empty(x.shape[0], layout.rank_columns)
     blocks = choose("shrink", x, layout.columns)
-    launch(
-        shrink_kernel,
-        (cdiv(rows, blocks.rows),),
-        (x, a, router_weight, router_bias, h, gates, gated),
-        (rows, width, x.stride(0)),
-        **layout.constants,
-        COLS=layout.columns, RANK_COLS=layout.rank_columns, HAS_ROUTER_BIAS=router_bias is not None,
-        PRECISION=precision(x), BLOCK_T=blocks.rows, BLOCK_K=blocks.inner, **blocks.options,
-    )  # fmt: skip
+    launch = _launch(x.device, *x.shape, x.stride(0), blocks, precision(x.dtype), layout, router_bias is not None)
+    launch(x, a, router_weight, router_bias, h, gates, gated)
     return gated
+
+
+@keep
+def _launch(
+    _: torch.device, rows: int, width: int, stride: int, blocks: Blocks, precision: str, layout: RankLayout,
+    has_router_bias: bool,
+) -> Launch:  # fmt: skip
+    return Launch(
+        shrink_kernel, (cdiv(rows, blocks.rows),), (rows, width, stride),
+        **layout.constants, COLS=layout.columns, RANK_COLS=layout.rank_columns, HAS_ROUTER_BIAS=has_router_bias,
+        PRECISION=precision, BLOCK_T=blocks.rows, BLOCK_K=blocks.inner, **blocks.options,
+    )  # fmt: skip

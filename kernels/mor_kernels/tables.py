@@ -19,7 +19,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,7 +64,7 @@ def choose(kernel: str, x: Tensor, rank_columns: int = 0) -> Blocks:
     """
     blocks = table_of(x.device).tiles[kernel, kind(x.dtype), row_bucket(x.shape[0])]
     if rank_columns > 32:
-        blocks = replace(blocks, inner=max(16, blocks.inner // 2), columns=max(16, blocks.columns // 2))
+        blocks = blocks._replace(inner=max(16, blocks.inner // 2), columns=max(16, blocks.columns // 2))
     return blocks
 
 

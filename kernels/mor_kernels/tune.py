@@ -26,7 +26,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -511,7 +511,7 @@ def using(table: Table) -> Iterator[None]:
 
 def tiles_as_json(tiles: dict[TileKey, Blocks]) -> list[dict[str, Any]]:
     return [
-        {"kernel": kernel, "elements": elements, "below_rows": bucket, **asdict(tile)}
+        {"kernel": kernel, "elements": elements, "below_rows": bucket, **tile._asdict()}
         for (kernel, elements, bucket), tile in tiles.items()
     ]
 
@@ -550,7 +550,7 @@ def _shape(text: str) -> tuple[int, int]:
 
 def _smaller(candidates: list[Blocks]) -> list[Blocks]:
     """fp32 elements are twice as wide: half the inner side."""
-    return [Blocks(**{**asdict(c), "inner": max(16, c.inner // 2)}) for c in candidates if not c.persistent]
+    return [c._replace(inner=max(16, c.inner // 2)) for c in candidates if not c.persistent]
 
 
 if __name__ == "__main__":

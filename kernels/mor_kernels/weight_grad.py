@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mor_kernels.blocks import cdiv, precision, slice_rows
-from mor_kernels.launch import launch
+from mor_kernels.blocks import Blocks, cdiv, precision, slice_rows
+from mor_kernels.launch import Launch, keep
 from mor_kernels.ranks import RankLayout, dot, load_tile, power_of_two, saved_factor, store_tile
 from mor_kernels.tables import choose
 
@@ -100,20 +100,26 @@ def sum_partials_kernel(
 def x_partials(x: Tensor, dz: Tensor, layout: RankLayout) -> Tensor:
     """(S, R + G, K): dz^T x, slice by slice."""
     rows, width = x.shape
-    blocks = choose("weight_grad", x)
-    per_slice = slice_rows(rows, cdiv(width, blocks.columns), blocks.inner)
+    launch, slices = _launch_x(x.device, rows, width, x.stride(0), choose("weight_grad", x), precision(x.dtype), layout)
+    partial = x.new_empty(slices, layout.rank_sum + layout.gates, width, dtype=torch.float32)
+    launch(x, dz, partial)
+    return partial
+
+
+@keep
+def _launch_x(
+    _: torch.device, rows: int, width: int, stride: int, blocks: Blocks, precision: str, layout: RankLayout
+) -> tuple[Launch, int]:
+    """Beside the launch: the number of slices."""
+    column_programs = cdiv(width, blocks.columns)
+    per_slice = slice_rows(rows, column_programs, blocks.inner)
     slices = cdiv(rows, per_slice)
-    stacked = layout.rank_sum + layout.gates
-    partial = x.new_empty(slices, stacked, width, dtype=torch.float32)
-    launch(
-        weight_grad_kernel,
-        (cdiv(width, blocks.columns), slices),
-        (x, dz, partial),
-        (rows, width, x.stride(0), per_slice),
-        STACKED=stacked, COLS=layout.columns, PRECISION=precision(x),
+    launch = Launch(
+        weight_grad_kernel, (column_programs, slices), (rows, width, stride, per_slice),
+        STACKED=layout.rank_sum + layout.gates, COLS=layout.columns, PRECISION=precision,
         BLOCK_T=blocks.inner, BLOCK_D=blocks.columns, **blocks.options,
     )  # fmt: skip
-    return partial
+    return launch, slices
 
 
 def sum_partials(
@@ -121,16 +127,24 @@ def sum_partials(
     db: Tensor, da: Tensor, drouter: Tensor | None, drouter_bias: Tensor | None,
 ) -> None:  # fmt: skip
     """Add the slices in order into dB (R, O), dA (R, K), d router_weight (G, K), d router_bias (G,): one launch."""
-    size_b, size_a, size_x = db.numel(), da.numel(), partial_x.shape[1] * partial_x.shape[2]
+    launch = _launch_sums(
+        db.device, partial_b.shape[0], partial_x.shape[0], 0 if partial_bias is None else partial_bias.shape[0],
+        db.numel(), da.numel(), layout.gates, da.shape[1], drouter_bias is not None,
+    )  # fmt: skip
+    launch(partial_b, partial_x, partial_bias, db, da, drouter, drouter_bias)
+
+
+@keep
+def _launch_sums(
+    _: torch.device, slices_b: int, slices_x: int, programs_bias: int, size_b: int, size_a: int, gates: int, width: int,
+    with_bias: bool,
+) -> Launch:  # fmt: skip
     depth, block = 8, 256
-    with_bias = drouter_bias is not None
-    grid = (cdiv(size_b, block) + cdiv(size_x, block) + int(with_bias),)
-    counts = (partial_b.shape[0], partial_x.shape[0], partial_bias.shape[0] if partial_bias is not None else 0)
-    launch(
+    size_x = size_a + gates * width
+    return Launch(
         sum_partials_kernel,
-        grid,
-        (partial_b, partial_x, partial_bias, db, da, drouter, drouter_bias),
-        (*counts, size_b, size_a, size_x),
-        GATES=layout.gates, GATE_COLS=power_of_two(max(layout.gates, 1), 1), WITH_BIAS=with_bias,
+        (cdiv(size_b, block) + cdiv(size_x, block) + int(with_bias),),
+        (slices_b, slices_x, programs_bias, size_b, size_a, size_x),
+        GATES=gates, GATE_COLS=power_of_two(max(gates, 1), 1), WITH_BIAS=with_bias,
         DEPTH=depth, BLOCK=block, enable_fp_fusion=True,
     )  # fmt: skip

@@ -56,13 +56,16 @@ def device() -> str:
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every uninitialised buffer that the operators ask for starts as NaN, so an element nobody writes shows."""
-    new_empty = torch.Tensor.new_empty
 
-    def poisoned(self, *args, **kwargs):
-        out = new_empty(self, *args, **kwargs)
-        return out.fill_(float("nan")) if out.is_floating_point() and out.device.type in ("cpu", "cuda") else out
+    def poisoned(empty):
+        def poisoned_empty(*args, **kwargs):
+            out = empty(*args, **kwargs)
+            return out.fill_(float("nan")) if out.is_floating_point() and out.device.type in ("cpu", "cuda") else out
 
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+        return poisoned_empty
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
 
 
 @pytest.fixture(params=["shipped tiles", "smallest tiles"])

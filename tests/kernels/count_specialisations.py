@@ -5,7 +5,6 @@ and a backward, and is stopped before it compiles. test_ahead_of_time.py runs th
 """
 
 import json
-from dataclasses import replace
 
 import torch
 import triton
@@ -50,7 +49,7 @@ if __name__ == "__main__":
     triton.knobs.runtime.jit_cache_hook = remember
     JITFunction.run = lambda self, *args, warmup, **kwargs: launch(self, *args, warmup=True, **kwargs)
     mor_kernels.linear.INTERPRETED = True  # only so that CPU tensors are let in; nothing runs
-    one_each = {key: replace(tile, stages=1 + ROW_BUCKETS.index(key[2])) for key, tile in default_tiles((9, 0)).items()}
+    one_each = {key: tile._replace(stages=1 + ROW_BUCKETS.index(key[2])) for key, tile in default_tiles((9, 0)).items()}
     for name, tiles in (("defaults", default_tiles((9, 0))), ("a tile for each bucket", one_each)):
         table = tables.Table(tiles, {})
         tables.table_of = lambda device, table=table: table
