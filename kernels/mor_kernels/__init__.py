@@ -11,6 +11,7 @@ import torch
 from mor_kernels.tables import prefers_library
 
 try:
+    from mor_kernels import flops  # noqa: F401 (registers what the operators count for)
     from mor_kernels.linear import MAX_COLUMNS, mor_linear
     from mor_kernels.ranks import INTERPRETED
 

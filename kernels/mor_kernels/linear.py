@@ -47,7 +47,9 @@ def _contiguous(*tensors: Tensor | None) -> list[Any]:
 
 
 def _on(device: torch.device) -> AbstractContextManager:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 def _forward(

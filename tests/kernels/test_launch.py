@@ -1,6 +1,7 @@
 """A kernel that is launched again is the program that Triton would have found, with the same arguments."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from mor_problem import FORMS, NAMES, Problem, leaves, run
 from test_ahead_of_time import KERNELS, in_its_own_process
 
 import mor_kernels
-from mor_kernels import blocks, branch, dy_side, matmul_tail, shrink, tables, weight_grad
+from mor_kernels import blocks, branch, dy_side, linear, matmul_tail, shrink, tables, weight_grad
 from mor_kernels.launch import Launch
 
 
@@ -147,3 +148,12 @@ def test_each_device_has_its_own(form, launched):
     here, there = launches_of(launched, form), launches_of(launched, form, device="meta")
     assert content(here) == content(there)
     assert not {id(launch) for launch in here} & {id(launch) for launch in there}
+
+
+@pytest.mark.parametrize(("index", "changes"), [(0, []), (1, [1])])
+def test_another_card_is_made_the_current_one(index, changes, monkeypatch):
+    changed = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext(changed.append(device.index)))
+    with linear._on(torch.device("cuda", index)):
+        assert changed == changes

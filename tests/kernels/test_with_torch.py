@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import mor_kernels
 from mor_kernels import linear
@@ -378,6 +379,26 @@ def test_a_graph_of_fx_holds_the_operator(pre_dispatch, device):
     graph = make_fx(layer, tracing_mode="real", pre_dispatch=pre_dispatch)(x)
     assert torch.ops.mor_kernels.linear_forward.default in [node.target for node in graph.graph.nodes]
     assert torch.equal(graph(2 * x), layer(2 * x))
+
+
+def counted(function, problem: Problem, with_dx: bool, **form: str) -> tuple[int, int]:
+    """Floating-point operations of a forward and of its backward."""
+    tensors = leaves(problem)
+    dy = tensors.pop("dy")
+    tensors["x"].requires_grad_(with_dx)
+    with FlopCounterMode(display=False) as forward:
+        y = function(**tensors, ranks=problem.ranks, scaling=problem.scaling, bypass=problem.bypass, **form)
+    with FlopCounterMode(display=False) as backward:
+        y.backward(dy)
+    return forward.get_total_flops(), backward.get_total_flops()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("with_dx", [True, False])
+@pytest.mark.parametrize(("ranks", "bypass"), [((2, 4, 8), True), ((4,), False)])
+def test_operations_are_counted_as_those_of_the_loop(ranks, bypass, with_dx, form, device):
+    problem = Problem(15, 24, 40, ranks=ranks, bypass=bypass, device=device)
+    assert counted(mor_kernels.mor_linear, problem, with_dx, form=form) == counted(loop, problem, with_dx)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
