@@ -1,6 +1,7 @@
 """Print how far the compiled kernels, run in an emulator, are from float64: one line of JSON for each case. No GPU.
 
     PYTHONPATH=kernels python tests/kernels/emulated.py --target 90 --dtypes bfloat16 --rows 197 --shapes 768,3072
+    PYTHONPATH=kernels python tests/kernels/emulated.py --target 90 --rows 6288 --traffic 4
 
 Triton compiles as for the card, and `ptx.py` runs what comes out; torch's own operators run on the CPU.
 test_emulated.py runs this in its own process, where TRITON_INTERPRET does not replace the compiler.
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 import triton
 from mor_problem import FORMS, Problem, error, leaves, loop, run
-from ptx import Memory, Program
+from ptx import Memory, Program, Traffic
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 
@@ -35,8 +36,12 @@ class EmulatedCard(StandInDriver):
         return GPUTarget("cuda", self.target, 32)
 
 
-def emulate(kernel: CompiledKernel) -> None:
-    """In place of loading a compiled kernel onto a card."""
+ALL = 2**31
+TRAFFIC = Traffic()
+
+
+def emulate(kernel: CompiledKernel, most: int = ALL) -> None:
+    """In place of loading a compiled kernel onto a card; the traffic is counted if only some programs run."""
     program, kinds = Program(kernel.asm["ptx"]), kernel.src.signature.values()
 
     def launch(x: int, y: int, z: int, stream: int, function: int, packed: Any, _: Any, __: Any, ___: Any, *rest: Any):
@@ -44,7 +49,8 @@ def emulate(kernel: CompiledKernel) -> None:
         values = [argument.data_ptr() if isinstance(argument, torch.Tensor) else argument for argument in given]
         values += [0] * (len(program.parameters) - len(values))  # Triton's own: room that these kernels do not ask for
         memory = Memory([extent(argument) for argument in rest if isinstance(argument, torch.Tensor)])
-        program.run((x, y, z), values, memory, kernel.metadata.shared)
+        TRAFFIC.kernel = kernel.metadata.name
+        program.run((min(x, most), y, z), values, memory, kernel.metadata.shared, TRAFFIC if most < ALL else None)
 
     kernel._run, kernel.function = launch, 0
 
@@ -72,12 +78,13 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["768,3072"], help="K,O")
     parser.add_argument("--forms", nargs="+", default=FORMS)
     parser.add_argument("--ranks", nargs="+", default=["2,4,8"])
+    parser.add_argument("--traffic", type=int, default=ALL, metavar="N", help="print what N programs ask of memory")
     parser.add_argument("--without", nargs="+", default=[], choices=["bypass", "bias", "router_bias"])
     options = parser.parse_args()
 
     # One card in a process: Triton keeps what it compiled for the first one.
     triton.runtime.driver.set_active(EmulatedCard(options.target))
-    CompiledKernel._init_handles = emulate
+    CompiledKernel._init_handles = lambda kernel: emulate(kernel, options.traffic)
     table = tables.Table(default_tiles(divmod(options.target, 10)), {})
     tables.table_of = lambda device: table
     mor_kernels.linear.INTERPRETED = True  # lets tensors on the CPU in
@@ -88,7 +95,12 @@ def main() -> None:
         problem = Problem(rows, K, O, ranks=rank_set, dtype=getattr(torch, dtype), **parts)
         case = {"target": options.target, "dtype": dtype, "rows": rows, "K": K, "O": O, "ranks": rank_set}
         for form, found in errors(problem, options.forms):
-            print(json.dumps({**case, "form": form, "errors": found}), flush=True)
+            if options.traffic == ALL:
+                print(json.dumps({**case, "form": form, "errors": found}), flush=True)
+            for (kernel, instruction), (least, taken) in TRAFFIC.counts.items():
+                counts = {"kernel": kernel, "instruction": instruction, "least": least, "taken": taken}
+                print(json.dumps({**case, "form": form, **counts}), flush=True)
+            TRAFFIC.counts.clear()
 
 
 if __name__ == "__main__":

@@ -87,7 +87,14 @@ class Program:
         negated, guard, name, rest = parts.groups()
         self.code.append(Instruction(line, name, guard or "", bool(negated), tuple(_operands(rest))))
 
-    def run(self, grid: Sequence[int], arguments: Sequence[int], memory: "Memory", shared_bytes: int) -> None:
+    def run(
+        self,
+        grid: Sequence[int],
+        arguments: Sequence[int],
+        memory: "Memory",
+        shared_bytes: int,
+        traffic: "Traffic | None" = None,
+    ) -> None:
         """Run all programs. `arguments` are the numbers and addresses of the parameters."""
         counts = [range(n) for n in grid]
         where = np.array(np.meshgrid(*counts, indexing="ij"), dtype=np.uint32).reshape(3, -1).T
@@ -97,7 +104,8 @@ class Program:
             some = where[start : start + at_once]
             states = [State(some, np.full((len(some), width), 0xFF, np.uint8))]
             while states:
-                states += Machine(self, arguments, memory, states.pop()).run()
+                with np.errstate(all="ignore"):
+                    states += Machine(self, arguments, memory, states.pop(), traffic).run()
 
 
 def _operands(text: str) -> Iterator[Any]:
@@ -147,11 +155,54 @@ class Memory:
             raise Fault(f"access of {size} bytes at {int(addresses[left][0]):#x}, outside of every tensor")
 
 
+@dataclass
+class Traffic:
+    """What warps ask of memory: for each kernel and instruction the least that would do, and what it takes.
+
+    Sectors of 32 bytes of memory; cycles of shared memory, whose 32 banks of 4 bytes serve 128 bytes in each.
+    """
+
+    kernel: str = ""
+    counts: dict[tuple[str, str], list[int]] = field(default_factory=dict)
+
+    def sectors(self, name: str, addresses: Array, active: Array, size: int) -> None:
+        """Addresses (C, N), of `size` bytes each."""
+        sectors = np.where(active, addresses // np.uint64(32) + np.uint64(1), np.uint64(0)).reshape(-1, LANES)
+        least = -(-active.reshape(-1, LANES).sum(-1) * size // 32)
+        self._count(name, int(least.sum()), int(_different(sectors).sum()))
+
+    def cycles(self, name: str, addresses: Array, active: Array, size: int) -> None:
+        """Addresses (C, N) in shared memory; wide accesses go in groups of 128 bytes."""
+        words = max(size // 4, 1)
+        lanes = LANES // words
+        asked = np.where(active[..., None], addresses[..., None] // 4 + np.arange(words), -1).reshape(-1, lanes * words)
+        asked = asked[(asked >= 0).any(-1)]
+        worst = np.zeros(len(asked), np.int64)
+        for bank in range(32):
+            worst = np.maximum(worst, _different(np.where(asked % 32 == bank, asked + 1, 0)).sum(-1))
+        self._count(name, len(asked), int(worst.sum()))
+
+    def _count(self, name: str, least: int, taken: int) -> None:
+        counts = self.counts.setdefault((self.kernel, name), [0, 0])
+        counts[0] += least
+        counts[1] += taken
+
+
+def _different(values: Array) -> Array:
+    """Where a value stands for the first time in its row, zeros left out."""
+    ordered = np.sort(values, -1)
+    first = ordered != 0
+    first[:, 1:] &= ordered[:, 1:] != ordered[:, :-1]
+    return first
+
+
 class Machine:
     """Runs a state until it ends or its programs part."""
 
-    def __init__(self, program: Program, arguments: Sequence[int], memory: Memory, state: State) -> None:
-        self.program, self.memory, self.state = program, memory, state
+    def __init__(
+        self, program: Program, arguments: Sequence[int], memory: Memory, state: State, traffic: "Traffic | None"
+    ) -> None:
+        self.program, self.memory, self.state, self.traffic = program, memory, state, traffic
         names = [name for _, name in program.parameters]
         self.parameters = dict(zip(names, arguments, strict=True))
         self.threads = np.arange(program.threads, dtype=np.uint32)
@@ -265,8 +316,7 @@ class Machine:
         kind = kind or i.name.split(".")[-1]
         if kind not in ("pred", "f32") and not re.fullmatch(r"[bsu](16|32|64)", kind):
             self._unknown(i)
-        with np.errstate(all="ignore"):
-            self.write(i, to, function(*[self.read(operand, kind) for operand in of]))
+        self.write(i, to, function(*[self.read(operand, kind) for operand in of]))
 
     def _shl(self, i: Instruction) -> None:
         self._shift(i, np.left_shift)
@@ -293,9 +343,8 @@ class Machine:
         elif ".lo." not in i.name and kind != "f32":
             self._unknown(i)
         dtype = _dtype(wide)
-        with np.errstate(all="ignore"):
-            product = self.read(a, kind).astype(dtype) * self.read(b, kind).astype(dtype)
-            self.write(i, to, product if c is None else product + self.read(c, wide))
+        product = self.read(a, kind).astype(dtype) * self.read(b, kind).astype(dtype)
+        self.write(i, to, product if c is None else product + self.read(c, wide))
 
     def _bfe(self, i: Instruction) -> None:
         to, of, position, length = i.operands
@@ -361,9 +410,16 @@ class Machine:
         if ".shared" in i.name.split("global")[0]:
             addresses = self.read(base, "b32").astype(np.int64) + offset
             found[active] = self.shared(addresses, width, count, active)[active]
+            self._note(i, "shared", addresses, active, width * count)
         else:
             found[active] = self.memory.load(self.addresses(base, offset)[active], width, count)
+            self._note(i, "global", self.addresses(base, offset), active, width * count)
         return found
+
+    def _note(self, i: Instruction, space: str, addresses: Array, active: Array, size: int) -> None:
+        if self.traffic is not None:
+            count = self.traffic.cycles if space == "shared" else self.traffic.sectors
+            count(f"{i.name.split('.')[0]}.{space} of {size} bytes", addresses, active, size)
 
     def _scatter(self, i: Instruction, base: str, offset: int, values: Array, active: Array) -> None:
         if not active.any():
@@ -371,8 +427,10 @@ class Machine:
         if ".shared" in i.name:
             addresses = self.read(base, "b32").astype(np.int64) + offset
             self.place(self.state, addresses, values, active)
+            self._note(i, "shared", addresses, active, values.itemsize * values.shape[-1])
         else:
             self.memory.store(self.addresses(base, offset)[active], values[active])
+            self._note(i, "global", self.addresses(base, offset), active, values.itemsize * values.shape[-1])
 
     def addresses(self, base: str, offset: int) -> Array:
         return self.read(base, "b64") + np.uint64(offset)
@@ -426,9 +484,11 @@ class Machine:
             reading = active & (wanted == size)
         if reading.any():
             values[reading] = self.memory.load(self.addresses(base, offset)[reading], width, size // width)
+            self._note(i, "global", self.addresses(base, offset), reading, size)
         target = self.read(to, "b32").astype(np.int64) + to_offset
         if active.any():
             self._check_shared(target[active], size)
+            self._note(i, "shared", target, active, size)
             self.state.copies[-1].append(lambda state: self.place(state, target, values, active))
 
     # Warps
@@ -451,7 +511,9 @@ class Machine:
         addresses, lane = self.by_warp(self.read(base, "b32").astype(np.int64) + offset), np.arange(LANES)
         registers = to if isinstance(to, tuple) else (to,)
         for k, register in enumerate(registers):
-            rows = self.shared(addresses[..., 8 * k : 8 * k + 8], 2, 8).astype(np.uint32)  # (C, W, 8, 8)
+            of_rows = addresses[..., 8 * k : 8 * k + 8]
+            rows = self.shared(of_rows, 2, 8).astype(np.uint32)  # (C, W, 8, 8)
+            self._note(i, "shared", of_rows.reshape(len(rows), -1), np.ones((len(rows), 8 * rows.shape[1]), bool), 16)
             if ".trans" in i.name:
                 rows = rows.swapaxes(-1, -2)
             first, second = (rows[..., lane // 4, 2 * (lane % 4) + j] for j in (0, 1))
@@ -470,6 +532,7 @@ class Machine:
                 rows = rows.swapaxes(-1, -2)
             target = addresses[..., 8 * k : 8 * k + 8].reshape(programs, -1)
             self.place(self.state, target, rows.reshape(programs, -1, 8), np.ones(target.shape, bool))
+            self._note(i, "shared", target, np.ones(target.shape, bool), 16)
 
     def _mma(self, i: Instruction) -> None:
         if ".m16n8k16.row.col.f32." not in i.name:

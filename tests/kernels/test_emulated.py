@@ -57,6 +57,24 @@ def test_compiled_programs_at_the_size_of_a_vit():
     judge(emulated("--target 90 --rows 1576 6288 --shapes 768,768"))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [1576, 6288])
+def test_whole_sectors_and_no_bank_conflicts(rows):
+    """Of the shipped 16-bit tiles; h and the gates, of 44 bytes a row, may take more sectors than they fill."""
+    kernels: dict[str, list[int]] = {}
+    for line in emulated(f"--target 90 --rows {rows} --shapes 768,3072 --traffic 3"):
+        if "shared" in line["instruction"] or "16 bytes" in line["instruction"]:
+            assert line["taken"] == line["least"], line
+        else:
+            assert line["taken"] <= 2.2 * line["least"], line
+        if "global" in line["instruction"]:
+            sums = kernels.setdefault(line["kernel"], [0, 0])
+            sums[0] += line["least"]
+            sums[1] += line["taken"]
+    assert len(kernels) == 6
+    assert all(taken <= 1.02 * least for least, taken in kernels.values()), kernels
+
+
 HEAD = """.version 8.0
 .target sm_80
 .visible .entry k(
