@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from numbers import Integral, Real
 from typing import Any, Self
 
@@ -54,15 +55,14 @@ class MoRConfig:
         object.__setattr__(self, "ranks", ranks)
         object.__setattr__(self, "alphas", alphas)
         object.__setattr__(self, "dropout", float(self.dropout))
-        # Left out, alphas stay so, and follow the ranks even if those are replaced later.
-        factors = alphas or tuple(2.0 * rank for rank in ranks)
-        scaling = tuple(alpha / rank for alpha, rank in zip(factors, ranks, strict=True))
-        object.__setattr__(self, "_scaling", scaling)  # read in every forward of every layer
+        _ = self.scaling  # kept from now on: torch.compile cannot fill the cache
 
-    @property
+    @cached_property  # read in every forward of every layer; an older pickle may lack it
     def scaling(self) -> tuple[float, ...]:
         """alpha / rank of each expert."""
-        return self._scaling  # type: ignore[attr-defined]
+        # Left out, alphas follow the ranks even if those are replaced later.
+        alphas = self.alphas or tuple(2.0 * rank for rank in self.ranks)
+        return tuple(alpha / rank for alpha, rank in zip(alphas, self.ranks, strict=True))
 
     @property
     def router_outputs(self) -> int:

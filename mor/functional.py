@@ -84,7 +84,7 @@ def mor_linear(
         backend,
         x.device,
         dtype,
-        columns=sum(ranks) + len(ranks) + bypass,
+        columns=sum(ranks) + (0 if router_weight is None else len(ranks) + bypass),
         trains_base=weight.requires_grad or (bias is not None and bias.requires_grad),
         has_expert_input=expert_input is not None,
         shape=(math.prod(x.shape[:-1]), *weight.shape),  # Size.numel would make free sizes constants of a graph

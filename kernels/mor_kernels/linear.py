@@ -295,6 +295,9 @@ def _check(
     if dtype not in DTYPES or weight.dtype != dtype or (bias is not None and bias.dtype != dtype):
         dtypes = [t.dtype for t in (x, weight, bias) if t is not None]
         raise ValueError(f"x, weight and bias must share one dtype of fp32, fp16 and bf16, got {dtypes}")
+    if (router_weight is None) != (gates == 0):
+        need = f"of shape ({gates}, {width})" if gates else "None: one expert without a bypass has no router"
+        raise ValueError(f"router_weight must be {need}; got {router_weight if gates else 'a tensor'}")
     expected = (
         ("x", x, (*x.shape[:-1], width)),
         ("weight", weight, (out, width)),
@@ -308,14 +311,12 @@ def _check(
         if tensor is None:
             continue
         if tensor.shape != shape:
-            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+            sizes = f"weight is {(out, width)}, ranks are {ranks}, bypass={bypass}"
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}; {sizes}")
         if tensor.dtype not in DTYPES:
             raise ValueError(f"{name} must be fp32, fp16 or bf16, got {tensor.dtype}")
         if tensor.device != device:
             raise ValueError(f"{name} must be on {device} as x is, got {tensor.device}")
-    if (router_weight is None) != (gates == 0):
-        need = f"of shape ({gates}, {width})" if gates else "None: one expert without a bypass has no router"
-        raise ValueError(f"router_weight must be {need}; got {router_weight if gates else 'a tensor'}")
     if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
         raise ValueError("weight and bias get no gradient here; freeze them with requires_grad_(False)")
     _refuse_forward_mode()

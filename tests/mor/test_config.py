@@ -1,5 +1,5 @@
 import json
-from dataclasses import FrozenInstanceError, replace
+from dataclasses import FrozenInstanceError, fields, replace
 
 import numpy as np
 import pytest
@@ -50,6 +50,13 @@ def test_alphas_left_out_follow_ranks_that_are_replaced():
 def test_numpy_integers_are_integers():
     config = MoRConfig(ranks=(np.int64(2), np.int64(4)), alphas=(np.float32(1), 2))
     assert json.dumps(config.to_dict()) and config == MoRConfig(ranks=(2, 4), alphas=(1.0, 2.0))
+
+
+def test_an_older_pickle_holds_the_fields_alone():
+    config = MoRConfig(ranks=(2, 4), alphas=(3, 5))
+    older = object.__new__(MoRConfig)  # as pickle makes it
+    vars(older).update({item.name: getattr(config, item.name) for item in fields(config)})
+    assert older.scaling == (1.5, 1.25) and older == config
 
 
 @pytest.mark.parametrize(
