@@ -337,6 +337,9 @@ class Machine:
 
     def _multiply(self, i: Instruction, to: str, a: str, b: str, c: str | None) -> None:
         kind = i.name.split(".")[-1]
+        if kind.removesuffix("x2") in ("bf16", "f16") and c is None:
+            self._multiply_halves(i, to, a, b, kind)
+            return
         wide = kind
         if ".wide." in i.name:
             wide = f"{kind[0]}{2 * _bits(kind)}"
@@ -345,6 +348,15 @@ class Machine:
         dtype = _dtype(wide)
         product = self.read(a, kind).astype(dtype) * self.read(b, kind).astype(dtype)
         self.write(i, to, product if c is None else product + self.read(c, wide))
+
+    def _multiply_halves(self, i: Instruction, to: str, a: str, b: str, kind: str) -> None:
+        """One or two products of 16 bits, which fp32 holds exactly."""
+        narrow, bits = kind.removesuffix("x2"), 32 if kind.endswith("x2") else 16
+        product = np.zeros(self.shape, np.uint32)
+        for shift in range(0, bits, 16):
+            left, right = (_as(self.read(operand, f"b{bits}") >> shift & 0xFFFF, narrow) for operand in (a, b))
+            product |= _rounded(left * right, narrow).astype(np.uint32) << np.uint32(shift)
+        self.write(i, to, product)
 
     def _bfe(self, i: Instruction) -> None:
         to, of, position, length = i.operands

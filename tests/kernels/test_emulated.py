@@ -44,7 +44,7 @@ def test_compiled_programs_in_bf16(options):
         "--target 80 --rows 40 --shapes 72,88 --dtypes float16 float32",
         "--target 90 --rows 1 40 --shapes 72,88 --ranks 4 --without bypass",
         "--target 90 --rows 40 --shapes 72,88 --ranks 3,5 16,16,24 --without bias",
-        "--target 90 --rows 40 --shapes 72,88 --without router_bias",
+        "--target 90 --rows 40 4100 --shapes 72,88 --ranks 4 --without router_bias",
     ],
 )
 def test_all_kinds_of_compiled_programs(options):
@@ -60,19 +60,18 @@ def test_compiled_programs_at_the_size_of_a_vit():
 @pytest.mark.slow
 @pytest.mark.parametrize("rows", [1576, 6288])
 def test_whole_sectors_and_no_bank_conflicts(rows):
-    """Of the shipped 16-bit tiles; h and the gates, of 44 bytes a row, may take more sectors than they fill."""
-    kernels: dict[str, list[int]] = {}
+    """Of the shipped 16-bit tiles; h and the gates, of 44 bytes a row, and sums over columns are too small to count."""
+    sums: dict[tuple[str, str], list[int]] = {}
     for line in emulated(f"--target 90 --rows {rows} --shapes 768,3072 --traffic 3"):
-        if "shared" in line["instruction"] or "16 bytes" in line["instruction"]:
+        if "16 bytes" in line["instruction"]:
             assert line["taken"] == line["least"], line
-        else:
-            assert line["taken"] <= 2.2 * line["least"], line
-        if "global" in line["instruction"]:
-            sums = kernels.setdefault(line["kernel"], [0, 0])
-            sums[0] += line["least"]
-            sums[1] += line["taken"]
-    assert len(kernels) == 6
-    assert all(taken <= 1.02 * least for least, taken in kernels.values()), kernels
+        space = "shared" if "shared" in line["instruction"] else "global"
+        of_kernel = sums.setdefault((line["kernel"], space), [0, 0])
+        of_kernel[0] += line["least"]
+        of_kernel[1] += line["taken"]
+    assert len(sums) == 12
+    sums.pop(("sum_partials_kernel", "shared"))
+    assert all(taken <= 1.05 * least for least, taken in sums.values()), sums
 
 
 HEAD = """.version 8.0
