@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE ?= 1
 # together, for the runs that they share.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=8 --dist=loadfile
 
-.PHONY: demo test slow check bench zoo faults kernels-aot kernels-gpu clean
+.PHONY: demo test slow check bench zoo faults kernels-aot kernels-emulated kernels-gpu clean
 
 demo: $(VENV)/.installed
 	$(BIN)/ei demo
@@ -38,6 +38,11 @@ faults: $(VENV)/.installed
 # Every shipped tile, compiled for five chips; needs no GPU and takes some minutes.
 kernels-aot: $(VENV)/.installed
 	PYTHONPATH=kernels $(BIN)/python tests/kernels/compile_matrix.py > compile_matrix.jsonl
+
+# The errors of what the compiler made at the sizes of a ViT-B, in an emulator; some twenty minutes of one core.
+kernels-emulated: $(VENV)/.installed
+	PYTHONPATH=kernels OMP_NUM_THREADS=1 $(BIN)/python tests/kernels/emulated.py --rows 1576 6288 12608 \
+		--shapes 768,2304 768,768 768,3072 3072,768 > benchmarks/results/emulated_errors.jsonl
 
 # What only a card can show: the tests, then the whole comparison.
 kernels-gpu: $(VENV)/.installed

@@ -11,6 +11,7 @@ import argparse
 import json
 from collections.abc import Iterator, Sequence
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from triton.compiler import CompiledKernel
 import mor_kernels.linear
 from mor_kernels import tables
 from mor_kernels.blocks import default_tiles
-from mor_kernels.measure import StandInDriver
+from mor_kernels.measure import StandInDriver, git_state
 
 
 class EmulatedCard(StandInDriver):
@@ -88,12 +89,14 @@ def main() -> None:
     table = tables.Table(default_tiles(divmod(options.target, 10)), {})
     tables.table_of = lambda device: table
     mor_kernels.linear.INTERPRETED = True  # lets tensors on the CPU in
+    made = {"torch": torch.__version__, "triton": triton.__version__}
+    made |= {k: v for k, v in git_state([Path(mor_kernels.__file__).parent]).items() if k != "tree_changed"}
     parts = {part: part not in options.without for part in ("bypass", "bias", "router_bias")}
     for dtype, rows, shape, ranks in product(options.dtypes, options.rows, options.shapes, options.ranks):
         K, O = map(int, shape.split(","))
         rank_set = tuple(map(int, ranks.split(",")))
         problem = Problem(rows, K, O, ranks=rank_set, dtype=getattr(torch, dtype), **parts)
-        case = {"target": options.target, "dtype": dtype, "rows": rows, "K": K, "O": O, "ranks": rank_set}
+        case = made | {"target": options.target, "dtype": dtype, "rows": rows, "K": K, "O": O, "ranks": rank_set}
         for form, found in errors(problem, options.forms):
             if options.traffic == ALL:
                 print(json.dumps({**case, "form": form, "errors": found}), flush=True)
