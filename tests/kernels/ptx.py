@@ -2,13 +2,14 @@
 
 Triton's interpreter runs the Python of a kernel; this runs what the compiler made of it: layouts, masks, pointers
 that it took to be aligned, tensor cores with bf16 operands, asynchronous copies. As a card does it stops at a
-misaligned access, and unlike a card at every access outside of the tensors that the kernel was given. Shared memory
-and registers start as NaN; what an asynchronous copy brings arrives when it is waited for and not before. Products of
+misaligned access, and unlike a card at every access outside of the tensors that the kernel was given, and where warps
+race for shared memory: what one reads another wrote, or the other way round, with no barrier between. Shared memory and
+registers start as NaN; what an asynchronous copy brings arrives when it is waited for and not before. Products of
 matrices are exact ones summed in fp32, and the approximate division and exponential exact: a card's may differ in the
 last bits.
 
-Many programs of a launch go through an instruction together, so it does not show races between warps. Only what our
-kernels need is here; another instruction is a NotImplementedError. Registers are unsigned integers of their width, in
+Many programs of a launch go through an instruction together. Only what our kernels need is here; another
+instruction is a NotImplementedError. Registers are unsigned integers of their width, in
 arrays (programs, threads); predicates are booleans.
 
 Source: PTX ISA 8.8 (fragments of mma and wgmma, descriptors of shared memory, swizzles).
@@ -26,6 +27,7 @@ Array = np.ndarray
 LANES = 32
 THREADS_AT_ONCE = 2**15
 UNSIGNED = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
+HALVES = ("bf16", "f16")
 SIGNED = {8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
 
 
@@ -50,15 +52,27 @@ class State:
 
     programs: Array  # (C, 3): where in the grid
     shared: Array  # (C, bytes)
+    wrote: Array  # (C, bytes / 2): a bit for each warp that wrote there since the last barrier
+    looked: Array  # (C, bytes / 2): and that read there
+    held: Array  # (C, bytes / 2): how many asynchronous products are reading there
     registers: dict[str, Array] = field(default_factory=dict)
     at: int = 0
-    copies: list[list[Callable[["State"], None]]] = field(default_factory=lambda: [[]])  # the last group is open
+    # Of both, the last group is open: copies as what they will do, products as the places that they read.
+    copies: list[list[Callable[["State"], None]]] = field(default_factory=lambda: [[]])
+    products: list[list[tuple[Array, Array]]] = field(default_factory=lambda: [[]])
+
+    @classmethod
+    def start(cls, programs: Array, shared_bytes: int) -> "State":
+        size = -(-shared_bytes // 16) * 16
+        wrote, looked, held = (np.zeros((len(programs), size // 2), np.uint16) for _ in range(3))
+        return cls(programs, np.full((len(programs), size), 0xFF, np.uint8), wrote, looked, held)
 
     def of(self, chosen: Array) -> "State":
+        assert not any(self.copies) and not any(self.products), "programs part while something is under way"
+        parts = (self.programs, self.shared, self.wrote, self.looked, self.held)
         registers = {name: value[chosen] for name, value in self.registers.items()}
-        copies = [list(group) for group in self.copies]
-        assert not any(copies), "programs part while copies are under way"
-        return State(self.programs[chosen], self.shared[chosen], registers, self.at, copies)
+        copies, products = [list(group) for group in self.copies], [list(group) for group in self.products]
+        return State(*(part[chosen] for part in parts), registers, self.at, copies, products)
 
 
 class Program:
@@ -98,11 +112,9 @@ class Program:
         """Run all programs. `arguments` are the numbers and addresses of the parameters."""
         counts = [range(n) for n in grid]
         where = np.array(np.meshgrid(*counts, indexing="ij"), dtype=np.uint32).reshape(3, -1).T
-        width = -(-shared_bytes // 16) * 16
         at_once = max(1, THREADS_AT_ONCE // self.threads)
         for start in range(0, len(where), at_once):
-            some = where[start : start + at_once]
-            states = [State(some, np.full((len(some), width), 0xFF, np.uint8))]
+            states = [State.start(where[start : start + at_once], shared_bytes)]
             while states:
                 with np.errstate(all="ignore"):
                     states += Machine(self, arguments, memory, states.pop(), traffic).run()
@@ -289,7 +301,9 @@ class Machine:
             return [here, there]
         return []
 
-    def _bar(self, i: Instruction) -> None: ...
+    def _bar(self, i: Instruction) -> None:
+        self.state.wrote[:] = 0
+        self.state.looked[:] = 0
 
     def _fence(self, i: Instruction) -> None: ...
 
@@ -314,6 +328,12 @@ class Machine:
     def _calculate(self, i: Instruction, function: Callable[..., Array], kind: str = "") -> None:
         to, *of = i.operands
         kind = kind or i.name.split(".")[-1]
+        if i.name.startswith("fma.") and kind.removesuffix("x2") in HALVES:
+            a, b, c = of
+            if (self.read(c, f"b{_bits_of_halves(kind)}") & 0x7FFF7FFF).any():
+                self._unknown(i)
+            self._multiply_halves(i, to, a, b, kind)  # sm_80 has no other product
+            return
         if kind not in ("pred", "f32") and not re.fullmatch(r"[bsu](16|32|64)", kind):
             self._unknown(i)
         self.write(i, to, function(*[self.read(operand, kind) for operand in of]))
@@ -337,7 +357,7 @@ class Machine:
 
     def _multiply(self, i: Instruction, to: str, a: str, b: str, c: str | None) -> None:
         kind = i.name.split(".")[-1]
-        if kind.removesuffix("x2") in ("bf16", "f16") and c is None:
+        if kind.removesuffix("x2") in HALVES and c is None:
             self._multiply_halves(i, to, a, b, kind)
             return
         wide = kind
@@ -351,7 +371,7 @@ class Machine:
 
     def _multiply_halves(self, i: Instruction, to: str, a: str, b: str, kind: str) -> None:
         """One or two products of 16 bits, which fp32 holds exactly."""
-        narrow, bits = kind.removesuffix("x2"), 32 if kind.endswith("x2") else 16
+        narrow, bits = kind.removesuffix("x2"), _bits_of_halves(kind)
         product = np.zeros(self.shape, np.uint32)
         for shift in range(0, bits, 16):
             left, right = (_as(self.read(operand, f"b{bits}") >> shift & 0xFFFF, narrow) for operand in (a, b))
@@ -422,6 +442,7 @@ class Machine:
         if ".shared" in i.name.split("global")[0]:
             addresses = self.read(base, "b32").astype(np.int64) + offset
             found[active] = self.shared(addresses, width, count, active)[active]
+            self._look(addresses, active, width * count)
             self._note(i, "shared", addresses, active, width * count)
         else:
             found[active] = self.memory.load(self.addresses(base, offset)[active], width, count)
@@ -465,9 +486,33 @@ class Machine:
     def place(self, state: State, addresses: Array, values: Array, active: Array) -> None:
         width, count = values.dtype.itemsize, values.shape[-1]
         self._check_shared(addresses[active], width * count)
+        self._change(state, addresses, active, width * count)
         elements = state.shared.view(values.dtype)
         programs, _ = np.nonzero(active)
         elements[programs[:, None], addresses[active][:, None] // width + np.arange(count)] = values[active]
+
+    def _look(self, addresses: Array, active: Array, size: int) -> None:
+        """Remember who reads shared memory, at addresses (C, ...) in the order of the threads."""
+        for bit, places in self._by_warp(addresses, active, size):
+            if (self.state.wrote[places] & ~bit).any():
+                raise Fault("race: a warp reads what another wrote since the last barrier")
+            self.state.looked[places] |= bit
+
+    def _change(self, state: State, addresses: Array, active: Array, size: int) -> None:
+        """Remember who writes to shared memory. Warps that hold the same values may write them to one place."""
+        for bit, places in self._by_warp(addresses, active, size):
+            if (state.looked[places] & ~bit).any():
+                raise Fault("race: a warp writes where another has read since the last barrier")
+            if state.held[places].any():
+                raise Fault("race: a warp writes where an asynchronous product reads")
+            state.wrote[places] |= bit
+
+    def _by_warp(self, addresses: Array, active: Array, size: int) -> Iterator[tuple[np.uint16, tuple[Array, Array]]]:
+        warps = self.program.threads // LANES
+        parts = np.split(addresses, warps, 1), np.split(active, warps, 1)
+        for warp, (those, taking) in enumerate(zip(*parts, strict=True)):
+            programs, _ = np.nonzero(taking)
+            yield np.uint16(1 << warp), (programs[:, None], those[taking][:, None] // 2 + np.arange(max(size // 2, 1)))
 
     def _cp(self, i: Instruction) -> None:
         state = self.state
@@ -500,6 +545,7 @@ class Machine:
         target = self.read(to, "b32").astype(np.int64) + to_offset
         if active.any():
             self._check_shared(target[active], size)
+            self._change(self.state, target, active, size)
             self._note(i, "shared", target, active, size)
             self.state.copies[-1].append(lambda state: self.place(state, target, values, active))
 
@@ -525,7 +571,9 @@ class Machine:
         for k, register in enumerate(registers):
             of_rows = addresses[..., 8 * k : 8 * k + 8]
             rows = self.shared(of_rows, 2, 8).astype(np.uint32)  # (C, W, 8, 8)
-            self._note(i, "shared", of_rows.reshape(len(rows), -1), np.ones((len(rows), 8 * rows.shape[1]), bool), 16)
+            of_rows = of_rows.reshape(len(rows), -1)
+            self._look(of_rows, np.ones(of_rows.shape, bool), 16)
+            self._note(i, "shared", of_rows, np.ones(of_rows.shape, bool), 16)
             if ".trans" in i.name:
                 rows = rows.swapaxes(-1, -2)
             first, second = (rows[..., lane // 4, 2 * (lane % 4) + j] for j in (0, 1))
@@ -588,8 +636,17 @@ class Machine:
         return [_as(half.astype(np.uint16), kind) for half in (value & np.uint32(0xFFFF), value >> np.uint32(16))]
 
     def _wgmma(self, i: Instruction) -> None:
-        if "mma_async" not in i.name:
-            return
+        if "commit_group" in i.name:
+            self.state.products.append([])
+        elif "wait_group" in i.name:
+            newest = int(i.operands[0])
+            while len(self.state.products) - 1 > newest:
+                for places in self.state.products.pop(0):
+                    self.state.held[places] -= 1
+        elif "mma_async" in i.name:
+            self._multiply_async(i)
+
+    def _multiply_async(self, i: Instruction) -> None:
         d, a, b, accumulate, sign_a, sign_b, *transposed = i.operands
         columns, kind = int(re.search(r"m64n(\d+)k16\.f32\.", i.name)[1]), i.name.split(".")[-1]  # type: ignore[index]
         if (sign_a, sign_b) != ("1", "1"):
@@ -625,6 +682,11 @@ class Machine:
         address = start[..., None, None] + inside + blocks[0] * leading[..., None, None]
         address = address + blocks[1] * stride[..., None, None]
         address = address ^ (address >> 7 & (span // 16 - 1)) << 4
+        places = np.arange(len(address)).reshape(-1, 1, 1, 1), address // 2
+        if self.state.wrote[places].any():
+            raise Fault("race: an asynchronous product reads what warps wrote since the last barrier")
+        self.state.held[places] += 1
+        self.state.products[-1].append(places)
         return _as(self.shared(address, 2, 1)[..., 0], kind)
 
 
@@ -655,6 +717,10 @@ def _place_in_c(registers: int = 4) -> tuple[Array, Array]:
 
 def _bits(kind: str) -> int:
     return 8 if kind == "pred" else int(re.search(r"\d+$", kind)[0])  # type: ignore[index]
+
+
+def _bits_of_halves(kind: str) -> int:
+    return 32 if kind.endswith("x2") else 16
 
 
 def _width(register: str) -> int:

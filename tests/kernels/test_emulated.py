@@ -1,6 +1,7 @@
 """What Triton compiles is right: the programs for sm_80 and sm_90, run in an emulator (`ptx.py`) with bf16 as it is."""
 
 import json
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -42,6 +43,7 @@ def test_compiled_programs_in_bf16(options):
         "--target 90 --rows 40 5000 --shapes 64,96 99,91 --dtypes bfloat16 float16",
         "--target 90 --rows 40 --shapes 72,88 1,16 --dtypes bfloat16 float32",
         "--target 80 --rows 40 --shapes 72,88 --dtypes float16 float32",
+        "--target 80 --rows 40 --shapes 64,97 --ranks 1 4 --without router_bias",
         "--target 90 --rows 1 40 --shapes 72,88 --ranks 4 --without bypass",
         "--target 90 --rows 40 --shapes 72,88 --ranks 3,5 16,16,24 --without bias",
         "--target 90 --rows 40 4100 --shapes 72,88 --ranks 4 --without router_bias",
@@ -119,8 +121,19 @@ $L1:
 """
 
 
+RACING = """
+\tshl.b32 %r4, %r1, 2;
+\txor.b32 %r5, %r4, OTHER;
+\tst.shared.b32 [%r4], %r1;
+FIRST
+\tld.shared.b32 %r3, [%r5];
+SECOND
+\tst.shared.b32 [%r4], %r3;
+"""
+
+
 def executed(body: str, *, programs: int = 1, elements: int = 30, shift: int = 0) -> np.ndarray:
-    """What the 32 threads of each program wrote to an array of 32 numbers, from one that counts from 100."""
+    """What the threads of each program wrote to an array of 32 numbers, from one that counts from 100."""
     given, found = np.arange(100, 132, dtype=np.int32), np.zeros(32, np.int32)
     memory = Memory([(given.ctypes.data, 4 * elements + shift), (found.ctypes.data, found.nbytes)])
     arguments = [given.ctypes.data + shift, found.ctypes.data]
@@ -153,6 +166,22 @@ def test_programs_may_part_but_not_threads():
     assert executed(PARTING, programs=4).tolist() == [2, 2, 1, 1] + [0] * 28
     with pytest.raises(NotImplementedError, match="different branches"):
         executed(PARTING.replace("%r2, 1;", "%r1, 1;"))
+
+
+@pytest.mark.parametrize(
+    ("other", "first", "second", "fault"),
+    [
+        ("128", "bar.sync 0;", "bar.sync 0;", None),
+        ("64", "", "", None),  # another lane of the same warp
+        ("128", "", "bar.sync 0;", "a warp reads what another wrote"),
+        ("128", "bar.sync 0;", "", "a warp writes where another has read"),
+    ],
+)
+def test_it_stops_at_races_of_warps(other, first, second, fault):
+    body = (HEAD + RACING).replace("reqntid 32", "reqntid 64").replace("OTHER", other)
+    program = Program(body.replace("FIRST", first).replace("SECOND", second) + "\tret;\n}\n")
+    with pytest.raises(Fault, match=fault) if fault else nullcontext():
+        program.run((2, 1, 1), [0, 0], Memory([]), 256)
 
 
 def test_it_does_not_guess_what_an_instruction_does():
