@@ -330,7 +330,8 @@ class Machine:
         kind = kind or i.name.split(".")[-1]
         if i.name.startswith("fma.") and kind.removesuffix("x2") in HALVES:
             a, b, c = of
-            if (self.read(c, f"b{_bits_of_halves(kind)}") & 0x7FFF7FFF).any():
+            bits = _bits_of_halves(kind)
+            if (self.read(c, f"b{bits}") & 0x7FFF7FFF % 2**bits).any():
                 self._unknown(i)
             self._multiply_halves(i, to, a, b, kind)  # sm_80 has no other product
             return
