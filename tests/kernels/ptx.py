@@ -26,8 +26,8 @@ import numpy as np
 Array = np.ndarray
 LANES = 32
 THREADS_AT_ONCE = 2**15
-UNSIGNED = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 HALVES = ("bf16", "f16")
+UNSIGNED = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 SIGNED = {8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
 
 
@@ -347,8 +347,10 @@ class Machine:
 
     def _shift(self, i: Instruction, function: Callable[..., Array]) -> None:
         to, of, by = i.operands
-        value = self.read(of, i.name.split(".")[-1])
-        self.write(i, to, function(value, self.read(by, "b32").astype(value.dtype)))
+        value, places = self.read(of, i.name.split(".")[-1]), self.read(by, "b32")
+        if (places >= 8 * value.itemsize).any():
+            self._unknown(i)
+        self.write(i, to, function(value, places.astype(value.dtype)))
 
     def _mul(self, i: Instruction) -> None:
         self._multiply(i, *i.operands, None)
@@ -440,7 +442,7 @@ class Machine:
         found = np.zeros((*self.shape, count), UNSIGNED[8 * width])
         if not active.any():
             return found
-        if ".shared" in i.name.split("global")[0]:
+        if ".shared" in i.name:
             addresses = self.read(base, "b32").astype(np.int64) + offset
             found[active] = self.shared(addresses, width, count, active)[active]
             self._look(addresses, active, width * count)
