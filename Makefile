@@ -39,7 +39,7 @@ faults: $(VENV)/.installed
 kernels-aot: $(VENV)/.installed
 	PYTHONPATH=kernels $(BIN)/python tests/kernels/compile_matrix.py > compile_matrix.jsonl
 
-# The errors of what the compiler made at the sizes of a ViT-B, in an emulator; some twenty minutes of one core.
+# The errors of what the compiler made at the sizes of a ViT-B, in an emulator; ten to twenty minutes of one core.
 kernels-emulated: $(VENV)/.installed
 	PYTHONPATH=kernels OMP_NUM_THREADS=1 $(BIN)/python tests/kernels/emulated.py --rows 1576 6288 12608 \
 		--shapes 768,2304 768,768 768,3072 3072,768 > benchmarks/results/emulated_errors.jsonl

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mor_kernels.blocks import Blocks, cdiv, precision
-from mor_kernels.launch import Launch, keep
+from mor_kernels.launch import Launch, decided_once
 from mor_kernels.ranks import RankLayout, dot, gate_and_save, load_stacked, rank_product, store_tile
 from mor_kernels.tables import choose
 
@@ -61,9 +61,9 @@ def branch(
     launch(x, a, router_weight, router_bias, b, bias, y, h, gates)
 
 
-@keep
+@decided_once
 def _launch(
-    _: torch.device, rows: int, width: int, out_width: int, stride: int, blocks: Blocks, precision: str,
+    device: torch.device, rows: int, width: int, out_width: int, stride: int, blocks: Blocks, precision: str,
     layout: RankLayout, has_bias: bool, has_router_bias: bool,
 ) -> Launch:  # fmt: skip
     return Launch(

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mor_kernels.blocks import Blocks, cdiv, precision, slice_rows
-from mor_kernels.launch import Launch, keep
+from mor_kernels.launch import Launch, decided_once
 from mor_kernels.ranks import RankLayout, dot, load_stacked, load_tile, saved_factor, store_tile
 from mor_kernels.tables import choose
 from mor_kernels.weight_grad import db_slice
@@ -132,9 +132,9 @@ def dy_side(
     return dz, partial_b, partial_bias
 
 
-@keep
+@decided_once
 def _launch(
-    _: torch.device, rows: int, out_width: int, width: int, stride: int, element_size: int,
+    device: torch.device, rows: int, out_width: int, width: int, stride: int, element_size: int,
     blocks: Blocks, sums: Blocks, precision: str, layout: RankLayout, with_dx: bool, with_weights: bool,
 ) -> tuple[Launch, int, int]:  # fmt: skip
     """Beside the launch: the number of slices, and how many programs for rows each of them has."""

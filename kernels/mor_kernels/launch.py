@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-#: For the functions that make a `Launch`. A model has a few dozen of them for each number of rows.
-keep = lru_cache(maxsize=4096)
+#: Keeps what a function makes for the same arguments: sizes, tiles, and the device, for each has programs of its own.
+#: A model needs a few dozen for each number of rows.
+decided_once = lru_cache(maxsize=4096)
 
 
 class Launch:

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mor_kernels.blocks import Blocks, cdiv, precision
-from mor_kernels.launch import Launch, keep
+from mor_kernels.launch import Launch, decided_once
 from mor_kernels.matmul_tail_tma import can_use, matmul_tail_tma
 from mor_kernels.ranks import dot, load_stacked, load_tile, store_tile
 from mor_kernels.tables import choose
@@ -73,9 +73,9 @@ def matmul_tail(
     launch(v, weight, u, first, second, bias, out)
 
 
-@keep
+@decided_once
 def _launch(
-    _: torch.device, rows: int, width: int, columns: int, stride: int, weight_strides: tuple[int, int], first: int,
+    device: torch.device, rows: int, width: int, columns: int, stride: int, weight_strides: tuple[int, int], first: int,
     second: int, tail: int, has_bias: bool, blocks: Blocks, precision: str,
 ) -> Launch:  # fmt: skip
     return Launch(

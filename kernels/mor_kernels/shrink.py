@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mor_kernels.blocks import Blocks, cdiv, precision
-from mor_kernels.launch import Launch, keep
+from mor_kernels.launch import Launch, decided_once
 from mor_kernels.ranks import RankLayout, gate_and_save, rank_product, store_tile
 from mor_kernels.tables import choose
 
@@ -51,9 +51,9 @@ def shrink(
     return gated
 
 
-@keep
+@decided_once
 def _launch(
-    _: torch.device, rows: int, width: int, stride: int, blocks: Blocks, precision: str, layout: RankLayout,
+    device: torch.device, rows: int, width: int, stride: int, blocks: Blocks, precision: str, layout: RankLayout,
     has_router_bias: bool,
 ) -> Launch:  # fmt: skip
     return Launch(

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mor_kernels.blocks import Blocks, cdiv, precision, slice_rows
-from mor_kernels.launch import Launch, keep
+from mor_kernels.launch import Launch, decided_once
 from mor_kernels.ranks import RankLayout, dot, load_tile, power_of_two, saved_factor, store_tile
 from mor_kernels.tables import choose
 
@@ -106,9 +106,9 @@ def x_partials(x: Tensor, dz: Tensor, layout: RankLayout) -> Tensor:
     return partial
 
 
-@keep
+@decided_once
 def _launch_x(
-    _: torch.device, rows: int, width: int, stride: int, blocks: Blocks, precision: str, layout: RankLayout
+    device: torch.device, rows: int, width: int, stride: int, blocks: Blocks, precision: str, layout: RankLayout
 ) -> tuple[Launch, int]:
     """Beside the launch: the number of slices."""
     column_programs = cdiv(width, blocks.columns)
@@ -134,10 +134,10 @@ def sum_partials(
     launch(partial_b, partial_x, partial_bias, db, da, drouter, drouter_bias)
 
 
-@keep
+@decided_once
 def _launch_sums(
-    _: torch.device, slices_b: int, slices_x: int, programs_bias: int, size_b: int, size_a: int, gates: int, width: int,
-    with_bias: bool,
+    device: torch.device, slices_b: int, slices_x: int, programs_bias: int, size_b: int, size_a: int, gates: int,
+    width: int, with_bias: bool,
 ) -> Launch:  # fmt: skip
     depth, block = 8, 256
     size_x = size_a + gates * width

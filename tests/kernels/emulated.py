@@ -46,6 +46,8 @@ def emulate(kernel: CompiledKernel, most: int = ALL) -> None:
     program, kinds = Program(kernel.asm["ptx"]), kernel.src.signature.values()
 
     def launch(x: int, y: int, z: int, stream: int, function: int, packed: Any, _: Any, __: Any, ___: Any, *rest: Any):
+        target = triton.runtime.driver.active.get_current_target().arch
+        assert f".target sm_{target}" in kernel.asm["ptx"], "a program that was compiled for another card"
         given = [argument for argument, kind in zip(rest, kinds, strict=True) if kind != "constexpr"]
         values = [argument.data_ptr() if isinstance(argument, torch.Tensor) else argument for argument in given]
         values += [0] * (len(program.parameters) - len(values))  # Triton's own: room that these kernels do not ask for

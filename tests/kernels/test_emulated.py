@@ -13,6 +13,7 @@ from test_ahead_of_time import in_its_own_process
 def emulated(options: str) -> list[dict]:
     result = in_its_own_process("emulated.py", *options.split())
     assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
